@@ -1,0 +1,163 @@
+"""Scales, mins and codes of Q4_K: llama.cpp's own two searches, and better ones under a diagonal importance.
+
+Let O denote output features, I input features, S super-blocks, G sub-blocks in a super-block (8), N weights in a
+sub-block (32). Searches run on arrays [N, G, S]: every operation is elementwise over the last two axes, and the sums over
+N that decide between candidates are taken in the order of the C loops.
+
+Source: make_qkx2_quants, make_qkx3_quants, make_qp_quants, quantize_row_q4_K_ref and quantize_row_q4_K_impl in
+ggml/src/ggml-quants.c of llama.cpp.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32
+
+from sqjax.q4_k import MAX_CODE, MAX_SCALE, Q4K, SUB_BLOCK, SUB_BLOCKS, SUPER_BLOCK
+
+# Super-blocks that are searched at once: one compilation for all matrices, and temporaries of a few megabytes.
+CHUNK = 1024
+
+_LARGE = np.float32(3e38)
+_LARGEST_HALF = np.float32(65504)
+
+
+def _rounded(product: Array) -> Array:
+    """Returns `product`; XLA contracts a * b + c into one rounding, C without FMA does not: a bound stands between."""
+    return jnp.where(product > _LARGE, _LARGE, product)
+
+
+def _ordered_sum(terms: list[Array]) -> Array:
+    """Sums from the first term to the last, as a C loop does, where jnp.sum would build a tree."""
+    return functools.reduce(lambda total, term: total + _rounded(term), terms[1:], _rounded(terms[0]))
+
+
+def _nearest_code(inverse: Array, x: Array, low: Array) -> Array:
+    return jnp.clip(jnp.round(inverse * (x - low)), 0, MAX_CODE)
+
+
+def _safe(denominator: Array) -> Array:
+    return jnp.where(denominator > 0, denominator, jnp.float32(1))
+
+
+def _search_sub_blocks(x_NGS: Array, importance_NGS: Array, numerators: np.ndarray) -> tuple[Array, Array, Array]:
+    """Returns scale, min (>= 0) and codes of every sub-block, by make_qkx2_quants; make_qkx3_quants differs in its grid.
+
+    Tries the inverse scales numerators / (max - min), refits scale and min to the codes of each by weighted least
+    squares, and keeps the best. As in C the kept min replaces the running one, and sets
+    the span of later candidates.
+    """
+    xs, ws = list(x_NGS), list(importance_NGS)
+    low, high = functools.reduce(jnp.minimum, xs), functools.reduce(jnp.maximum, xs)
+    low = jnp.minimum(low, 0)
+    flat = high <= low
+    high = jnp.where(flat, low + 1, high)
+    sum_w, sum_x = _ordered_sum(ws), _ordered_sum([w * x for w, x in zip(ws, xs)])
+
+    def error(scale: Array, offset: Array, inverse: Array, low: Array) -> Array:
+        differences = [_rounded(scale * _nearest_code(inverse, x, low)) + offset - x for x in xs]
+        return _ordered_sum([w * (e * e) for w, e in zip(ws, differences)])
+
+    def step(best: tuple[Array, ...], numerator: Array) -> tuple[tuple[Array, ...], None]:
+        low, _, least, _, _ = best
+        inverse = numerator / (high - low)
+        codes = [_nearest_code(inverse, x, low) for x in xs]
+        sum_l = _ordered_sum([w * l for w, l in zip(ws, codes)])
+        sum_l2 = _ordered_sum([w * l * l for w, l in zip(ws, codes)])
+        sum_xl = _ordered_sum([w * l * x for w, l, x in zip(ws, codes, xs)])
+        determinant = _rounded(sum_w * sum_l2) - _rounded(sum_l * sum_l)
+        scale = (_rounded(sum_w * sum_xl) - _rounded(sum_x * sum_l)) / _safe(determinant)
+        offset = (_rounded(sum_l2 * sum_x) - _rounded(sum_l * sum_xl)) / _safe(determinant)
+        scale = jnp.where(offset > 0, sum_xl / _safe(sum_l2), scale)
+        offset = jnp.minimum(offset, 0)
+        now = error(scale, offset, inverse, low)
+        better = (determinant > 0) & (now < least)
+        candidate = (offset, scale, now, inverse, low)
+        return tuple(jnp.where(better, new, old) for new, old in zip(candidate, best)), None
+
+    inverse = jnp.float32(MAX_CODE) / (high - low)
+    scale = 1 / inverse
+    start = (low, scale, error(scale, low, inverse, low), inverse, low)
+    (offset, scale, _, inverse, low), _ = jax.lax.scan(step, start, jnp.asarray(numerators))
+    codes_NGS = jnp.where(flat[None], 0, _nearest_code(inverse[None], x_NGS, low[None]))
+    return jnp.where(flat, 0, scale), -offset, codes_NGS
+
+
+def _numerators(first: float, delta: float, count: int) -> np.ndarray:
+    return np.float32(first) + np.float32(delta) * np.arange(count, dtype=np.float32) + np.float32(MAX_CODE)
+
+
+_PLAIN_NUMERATORS = _numerators(-1.0, 0.1, 21)
+_IMPORTANCE_NUMERATORS = _numerators(-0.9, 0.05, 37)
+
+
+def _sixths(values_GS: Array) -> tuple[Array, Array]:
+    """Returns step and 6-bit integers of non-negative values: the largest becomes 63, the others the nearest."""
+    largest_S = values_GS.max(0)
+    inverse_S = jnp.where(largest_S > 0, MAX_SCALE / _safe(largest_S), 0)
+    # A division by a constant would become a multiplication by its rounded inverse.
+    step_S = largest_S / jax.lax.optimization_barrier(jnp.full_like(largest_S, MAX_SCALE))
+    return step_S, jnp.clip(jnp.round(inverse_S[None] * values_GS), 0, MAX_SCALE)
+
+
+def _finish(x_NGS: Array, codes_NGS: Array, steps_S: tuple[Array, Array], sixes_GS: tuple[Array, Array]) -> Q4K:
+    """Rounds the steps to float16 and chooses the nearest codes; a sub-block without scale keeps its first ones."""
+    # Where C would write an infinity, which no reader accepts, the largest float16 stands.
+    d_S, dmin_S = (jnp.clip(step, 0, _LARGEST_HALF).astype(jnp.float16) for step in steps_S)
+    step_GS, offset_GS = (a.astype(jnp.float32)[None] * b for a, b in zip((d_S, dmin_S), sixes_GS))
+    nearest_NGS = jnp.clip(jnp.round((x_NGS + offset_GS[None]) / _safe(step_GS)[None]), 0, MAX_CODE)
+    codes_NGS = jnp.where(step_GS[None] > 0, nearest_NGS, codes_NGS)
+    scales_GS, mins_GS = sixes_GS
+    return Q4K(d_S, dmin_S, *(a.T.astype(jnp.uint8) for a in (scales_GS, mins_GS, codes_NGS)))
+
+
+def _to_lanes(weight_SI: Array) -> Array:
+    return weight_SI.astype(jnp.float32).reshape(-1, SUB_BLOCKS, SUB_BLOCK).T
+
+
+@jax.jit
+def _plain(weight_SI: Array) -> Q4K:
+    x_NGS = _to_lanes(weight_SI)
+    mean_GS = _ordered_sum([x * x for x in x_NGS]) / SUB_BLOCK
+    importance_NGS = jnp.sqrt(mean_GS)[None] + jnp.abs(x_NGS)
+    scale_GS, min_GS, codes_NGS = _search_sub_blocks(x_NGS, importance_NGS, _PLAIN_NUMERATORS)
+    (d_S, scales_GS), (dmin_S, mins_GS) = _sixths(scale_GS), _sixths(min_GS)
+    return _finish(x_NGS, codes_NGS, (d_S, dmin_S), (scales_GS, mins_GS))
+
+
+def _in_chunks(function: Callable[..., Q4K], *arrays_SI: np.ndarray) -> Q4K:
+    """Applies `function` to CHUNK super-blocks at a time, the last ones filled up with zeros, into numpy leaves."""
+    count = arrays_SI[0].shape[0]
+    result = Q4K(
+        *(np.empty(count, np.float16) for _ in range(2)),
+        *(np.empty((count, SUB_BLOCKS), np.uint8) for _ in range(2)),
+        np.empty((count, SUB_BLOCKS, SUB_BLOCK), np.uint8),
+    )
+    for start in range(0, count, CHUNK):
+        chunk = [np.asarray(a[start : start + CHUNK], np.float32) for a in arrays_SI]
+        here = chunk[0].shape[0]
+        part = function(*(np.pad(a, ((0, CHUNK - here), (0, 0))) for a in chunk))
+        jax.tree.map(lambda whole, new: np.copyto(whole[start : start + here], np.asarray(new)[:here]), result, part)
+    return result
+
+
+def _super_blocks(weight_OI: np.ndarray) -> np.ndarray:
+    if weight_OI.ndim != 2 or weight_OI.shape[1] % SUPER_BLOCK:
+        raise ValueError(f"Q4_K needs a matrix whose rows are multiples of {SUPER_BLOCK} long, not {weight_OI.shape}")
+    return np.asarray(weight_OI).reshape(-1, SUPER_BLOCK)
+
+
+def _as_matrix(q: Q4K, rows: int) -> Q4K:
+    return jax.tree.map(lambda a: a.reshape(rows, -1, *a.shape[1:]), q)
+
+
+def round_to_nearest(weight_OI: Float[Array | np.ndarray, "O I"]) -> Q4K:
+    """Returns the Q4_K matrix that llama.cpp's plain rounding (quantize_row_q4_K_ref) makes, as numpy leaves.
+
+    Raises:
+      ValueError: the rows are not a multiple of 256 long.
+    """
+    return _as_matrix(_in_chunks(_plain, _super_blocks(weight_OI)), weight_OI.shape[0])
