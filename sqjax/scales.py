@@ -1,8 +1,8 @@
 """Scales, mins and codes of Q4_K: llama.cpp's own two searches, and better ones under a diagonal importance.
 
 Let O denote output features, I input features, S super-blocks, G sub-blocks in a super-block (8), N weights in a
-sub-block (32). Searches run on arrays [N, G, S]: every operation is elementwise over the last two axes, and the sums over
-N that decide between candidates are taken in the order of the C loops.
+sub-block (32). Searches run on arrays [N, G, S]: every operation is elementwise over the last two axes, and the sums
+over N that decide between candidates are taken in the order of the C loops.
 
 Source: make_qkx2_quants, make_qkx3_quants, make_qp_quants, quantize_row_q4_K_ref and quantize_row_q4_K_impl in
 ggml/src/ggml-quants.c of llama.cpp.
@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
 from sqjax.q4_k import MAX_CODE, MAX_SCALE, Q4K, SUB_BLOCK, SUB_BLOCKS, SUPER_BLOCK
 
@@ -44,7 +44,7 @@ def _safe(denominator: Array) -> Array:
 
 
 def _search_sub_blocks(x_NGS: Array, importance_NGS: Array, numerators: np.ndarray) -> tuple[Array, Array, Array]:
-    """Returns scale, min (>= 0) and codes of every sub-block, by make_qkx2_quants; make_qkx3_quants differs in its grid.
+    """Returns scale, min (>= 0) and codes of every sub-block, by make_qkx2_quants and make_qkx3_quants, which are one.
 
     Tries the inverse scales numerators / (max - min), refits scale and min to the codes of each by weighted least
     squares, and keeps the best. As in C the kept min replaces the running one, and sets
@@ -92,6 +92,9 @@ def _numerators(first: float, delta: float, count: int) -> np.ndarray:
 
 _PLAIN_NUMERATORS = _numerators(-1.0, 0.1, 21)
 _IMPORTANCE_NUMERATORS = _numerators(-0.9, 0.05, 37)
+_SIXTHS_NUMERATORS = [np.float32(0.1) * np.float32(i) + np.float32(MAX_SCALE) for i in (-4, -3, -2, -1, 1, 2, 3, 4)]
+# Below this llama.cpp takes a group of values for zeros.
+_NOTHING = np.float32(1e-15)
 
 
 def _sixths(values_GS: Array) -> tuple[Array, Array]:
@@ -103,12 +106,57 @@ def _sixths(values_GS: Array) -> tuple[Array, Array]:
     return step_S, jnp.clip(jnp.round(inverse_S[None] * values_GS), 0, MAX_SCALE)
 
 
+def _weighted_sixths(values_GS: Array, weight_GS: Array) -> tuple[Array, Array]:
+    """Returns step and 6-bit integers of non-negative values that nearly minimise the weighted error (make_qp_quants).
+
+    The best of nine steps, then five rounds of coordinate ascent of the correlation that least squares leaves.
+    """
+    xs, ws = list(values_GS), list(weight_GS)
+    largest_S = functools.reduce(jnp.maximum, xs)
+    zero_S = largest_S < _NOTHING
+    bound_S = jnp.where(zero_S, jnp.float32(1), largest_S)
+
+    def nearest(inverse: Array) -> list[Array]:
+        return [jnp.clip(jnp.round(inverse * x), 0, MAX_SCALE) for x in xs]
+
+    def error(inverse: Array) -> Array:
+        differences = [x - _rounded(1 / inverse * l) for x, l in zip(xs, nearest(inverse))]
+        return _ordered_sum([w * e * e for w, e in zip(ws, differences)])
+
+    inverse = MAX_SCALE / bound_S
+    least = error(inverse)
+    for numerator in _SIXTHS_NUMERATORS:
+        candidate = numerator / bound_S
+        now = error(candidate)
+        inverse, least = jnp.where(now < least, candidate, inverse), jnp.minimum(now, least)
+
+    def ascend(_: int, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        integers_GS, sum_lx, sum_l2 = state
+        for i, (x, w) in enumerate(zip(xs, ws)):
+            l = integers_GS[i]
+            rest_lx, rest_l2 = sum_lx - _rounded(w * x * l), sum_l2 - _rounded(w * l * l)
+            new = jnp.minimum(jnp.round(x * rest_l2 / _safe(rest_lx)), MAX_SCALE)
+            new_lx, new_l2 = rest_lx + _rounded(w * x * new), rest_l2 + _rounded(w * new * new)
+            better = (rest_lx > 0) & (rest_l2 > 0) & (new != l) & (new_lx**2 * sum_l2 > sum_lx**2 * new_l2)
+            integers_GS = integers_GS.at[i].set(jnp.where(better, new, l))
+            sum_lx, sum_l2 = jnp.where(better, new_lx, sum_lx), jnp.where(better, new_l2, sum_l2)
+        return integers_GS, sum_lx, sum_l2
+
+    integers = nearest(inverse)
+    sum_lx = _ordered_sum([w * x * l for w, x, l in zip(ws, xs, integers)])
+    sum_l2 = _ordered_sum([w * l * l for w, l in zip(ws, integers)])
+    integers_GS, sum_lx, sum_l2 = jax.lax.fori_loop(0, 5, ascend, (jnp.stack(integers), sum_lx, sum_l2))
+    step_S = jnp.where(zero_S | (sum_l2 <= 0), 0, sum_lx / _safe(sum_l2))
+    return step_S, jnp.where(zero_S[None], 0, integers_GS)
+
+
 def _finish(x_NGS: Array, codes_NGS: Array, steps_S: tuple[Array, Array], sixes_GS: tuple[Array, Array]) -> Q4K:
     """Rounds the steps to float16 and chooses the nearest codes; a sub-block without scale keeps its first ones."""
     # Where C would write an infinity, which no reader accepts, the largest float16 stands.
     d_S, dmin_S = (jnp.clip(step, 0, _LARGEST_HALF).astype(jnp.float16) for step in steps_S)
     step_GS, offset_GS = (a.astype(jnp.float32)[None] * b for a, b in zip((d_S, dmin_S), sixes_GS))
-    nearest_NGS = jnp.clip(jnp.round((x_NGS + offset_GS[None]) / _safe(step_GS)[None]), 0, MAX_CODE)
+    # Weight by weight, since XLA turns the division by a broadcast array into a multiplication by its rounded inverse.
+    nearest_NGS = jnp.stack([jnp.clip(jnp.round((x + offset_GS) / _safe(step_GS)), 0, MAX_CODE) for x in x_NGS])
     codes_NGS = jnp.where(step_GS[None] > 0, nearest_NGS, codes_NGS)
     scales_GS, mins_GS = sixes_GS
     return Q4K(d_S, dmin_S, *(a.T.astype(jnp.uint8) for a in (scales_GS, mins_GS, codes_NGS)))
@@ -128,8 +176,23 @@ def _plain(weight_SI: Array) -> Q4K:
     return _finish(x_NGS, codes_NGS, (d_S, dmin_S), (scales_GS, mins_GS))
 
 
+@jax.jit
+def _with_importance(weight_SI: Array, importance_SI: Array) -> Q4K:
+    x_NGS, importance_NGS = _to_lanes(weight_SI), _to_lanes(importance_SI)
+    x_IS = x_NGS.swapaxes(0, 1).reshape(SUPER_BLOCK, -1)
+    variance_S = 2 * _ordered_sum([x * x for x in x_IS]) / SUPER_BLOCK
+    importance_NGS = importance_NGS * jnp.sqrt(variance_S[None, None] + _rounded(x_NGS * x_NGS))
+    scale_GS, min_GS, codes_NGS = _search_sub_blocks(x_NGS, importance_NGS, _IMPORTANCE_NUMERATORS)
+    sum_GS = _ordered_sum(list(importance_NGS))
+    (d_S, scales_GS), (dmin_S, mins_GS) = (_weighted_sixths(a, sum_GS) for a in (scale_GS, min_GS))
+    return _finish(x_NGS, codes_NGS, (d_S, dmin_S), (scales_GS, mins_GS))
+
+
 def _in_chunks(function: Callable[..., Q4K], *arrays_SI: np.ndarray) -> Q4K:
-    """Applies `function` to CHUNK super-blocks at a time, the last ones filled up with zeros, into numpy leaves."""
+    """Applies `function` to CHUNK super-blocks at a time, the last ones filled up with zeros, into numpy leaves.
+
+    The first array says how many super-blocks there are; a shorter one is repeated.
+    """
     count = arrays_SI[0].shape[0]
     result = Q4K(
         *(np.empty(count, np.float16) for _ in range(2)),
@@ -137,10 +200,11 @@ def _in_chunks(function: Callable[..., Q4K], *arrays_SI: np.ndarray) -> Q4K:
         np.empty((count, SUB_BLOCKS, SUB_BLOCK), np.uint8),
     )
     for start in range(0, count, CHUNK):
-        chunk = [np.asarray(a[start : start + CHUNK], np.float32) for a in arrays_SI]
-        here = chunk[0].shape[0]
+        here = min(CHUNK, count - start)
+        chunk = [a.take(range(start, start + here), axis=0, mode="wrap").astype(np.float32) for a in arrays_SI]
         part = function(*(np.pad(a, ((0, CHUNK - here), (0, 0))) for a in chunk))
-        jax.tree.map(lambda whole, new: np.copyto(whole[start : start + here], np.asarray(new)[:here]), result, part)
+        for whole, new in zip(jax.tree.leaves(result), jax.tree.leaves(part)):
+            whole[start : start + here] = np.asarray(new)[:here]
     return result
 
 
@@ -148,6 +212,12 @@ def _super_blocks(weight_OI: np.ndarray) -> np.ndarray:
     if weight_OI.ndim != 2 or weight_OI.shape[1] % SUPER_BLOCK:
         raise ValueError(f"Q4_K needs a matrix whose rows are multiples of {SUPER_BLOCK} long, not {weight_OI.shape}")
     return np.asarray(weight_OI).reshape(-1, SUPER_BLOCK)
+
+
+def _importance_blocks(weight_OI: np.ndarray, importance_I: np.ndarray) -> np.ndarray:
+    if importance_I.shape != weight_OI.shape[1:]:
+        raise ValueError(f"importance of shape {importance_I.shape} for a matrix of shape {weight_OI.shape}")
+    return np.asarray(importance_I).reshape(-1, SUPER_BLOCK)
 
 
 def _as_matrix(q: Q4K, rows: int) -> Q4K:
@@ -161,3 +231,19 @@ def round_to_nearest(weight_OI: Float[Array | np.ndarray, "O I"]) -> Q4K:
       ValueError: the rows are not a multiple of 256 long.
     """
     return _as_matrix(_in_chunks(_plain, _super_blocks(weight_OI)), weight_OI.shape[0])
+
+
+def round_with_importance(
+    weight_OI: Float[Array | np.ndarray, "O I"], importance_I: Float[Array | np.ndarray, " I"]
+) -> Q4K:
+    """Returns the Q4_K matrix that llama.cpp makes with an importance matrix (quantize_row_q4_K_impl), as numpy leaves.
+
+    Args:
+      weight_OI: the matrix.
+      importance_I: mean square of every input, as an importance-matrix file holds it; only ratios within a row matter.
+
+    Raises:
+      ValueError: the rows are not a multiple of 256 long, or the importance has another length.
+    """
+    blocks = _super_blocks(weight_OI), _importance_blocks(weight_OI, importance_I)
+    return _as_matrix(_in_chunks(_with_importance, *blocks), weight_OI.shape[0])
