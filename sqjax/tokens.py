@@ -1,16 +1,10 @@
-"""Text to tokens: the tokenizer with its chat template, sources of text, packed windows, conversations, overlap.
+"""Text to tokens: the tokenizer with its chat template, packed windows, conversations with roles.
 
 Let W denote windows, T the tokens of one.
 """
 
 import datetime
-import gzip
-import hashlib
-import itertools
 import json
-import re
-import unicodedata
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,28 +13,16 @@ from typing import NoReturn
 
 import numpy as np
 import tokenizers
-from jaxtyping import Int32, UInt64
+from jaxtyping import Int32
 
 from sqjax.run import InputError
+from sqjax.texts import Document, spoken
 
 END_OF_TEXT = "<|endoftext|>"
 TEMPLATE, PROMPT, RESPONSE = 0, 1, 2
 ROLES = ("template", "prompt", "response")
 
-_SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 _BATCH_CHARACTERS = 1 << 20
-_SHINGLE_WORDS = 16
-_SHINGLE_SAMPLE = 8
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text, or a conversation as chat messages; exactly one of the two is set."""
-
-    text: str | None
-    messages: tuple[Mapping, ...] | None
-    source: str
-    domain: str
 
 
 @dataclass(frozen=True)
@@ -54,11 +36,11 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Windows:
-    """Packed windows, and of each the domain and source that most of its tokens come from."""
+    """Packed windows, the domain that most of each one's tokens come from, and the documents that were read."""
 
     tokens_WT: Int32[np.ndarray, "W T"]
     domains: tuple[str, ...]
-    sources: tuple[str, ...]
+    documents: tuple[Document, ...]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,7 +81,8 @@ class Tokenizer:
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         if (folder / "chat_template.jinja").is_file():
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        special = {key: _token_text(config.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
+        special = {key: config.get(key) for key in ("bos_token", "eos_token", "pad_token")}
+        special = {key: token["content"] if isinstance(token, dict) else token for key, token in special.items()}
         return cls(core=core, chat_template=template, **special)
 
     def __post_init__(self):
@@ -171,10 +154,6 @@ class Tokenizer:
             raise InputError(f"the model's chat template is not valid jinja: {error}") from error
 
 
-def _token_text(token: str | Mapping | None) -> str | None:
-    return token["content"] if isinstance(token, Mapping) else token
-
-
 def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
     # jinja2's own filter escapes HTML, which no chat model was trained on.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
@@ -204,126 +183,6 @@ def _generation_tag() -> type:
             return nodes.Scope(body, lineno=line)
 
     return Generation
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sources
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Documents of several sources, read anew and lazily at every iteration: a data set may be larger than memory.
-
-    Without `seed` the order is that of the sources; with it, files are permuted as a whole, data sets in a buffer, and
-    the two kinds take turns.
-    """
-
-    files: tuple[Path | str, ...]
-    seed: int | None = None
-
-    def __iter__(self) -> Iterator[Document]:
-        if self.seed is None:
-            for file in self.files:
-                yield from _read_hub(file, None) if isinstance(file, str) else _read_file(file)
-            return
-        local = [document for file in self.files if not isinstance(file, str) for document in _read_file(file)]
-        order = np.random.default_rng(self.seed).permutation(len(local))
-        streams = [_read_hub(file, self.seed) for file in self.files if isinstance(file, str)]
-        missing = object()
-        for row in itertools.zip_longest((local[i] for i in order), *streams, fillvalue=missing):
-            yield from (document for document in row if document is not missing)
-
-
-def read_texts(sources: Sequence[str | Path], *, seed: int | None = None) -> Texts:
-    """Returns the documents of files, folders and hub data sets, to be iterated over as often as needed.
-
-    A source is a `.txt` (one document), a `.jsonl` (a line has `text` or `messages`, perhaps `domain`), either with
-    `.gz`, a folder of them (in the order of their names), or a hub data set `owner/name[:configuration[:split]]`,
-    which is streamed.
-
-    Raises:
-      InputError: a source does not exist; while iterating, it cannot be read or a line lacks `text` and `messages`.
-    """
-    return Texts(tuple(file for source in sources for file in _resolve(source)), seed)
-
-
-def _resolve(source: str | Path) -> list[Path | str]:
-    """Files that a source stands for; a hub id stays a string."""
-    path = Path(source)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(_SUFFIXES))
-        if not files:
-            raise InputError(f"{path} holds no text; give a folder with {', '.join(_SUFFIXES)}")
-        return list(files)
-    if path.exists():
-        if not path.name.endswith(_SUFFIXES):
-            raise InputError(f"{path} is no text that can be read; give {', '.join(_SUFFIXES)} or a folder of them")
-        return [path]
-    if path.name.endswith(_SUFFIXES) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]*){0,2}", str(source)):
-        raise InputError(f"{source} does not exist; give a text file, a folder, or a hub data set id")
-    return [str(source)]
-
-
-def _read_file(path: Path) -> Iterator[Document]:
-    domain = path.name.removesuffix(".gz").rsplit(".", 1)[0]
-    opener = gzip.open if path.name.endswith(".gz") else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            if path.name.removesuffix(".gz").endswith(".txt"):
-                yield Document(file.read(), None, str(path), domain)
-                return
-            for number, line in enumerate(file, 1):
-                if line := line.strip().lstrip("\ufeff"):
-                    yield _parse_line(line, f"{path}:{number}", domain, str(path))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error}") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-
-
-def _parse_line(line: str, place: str, domain: str, source: str) -> Document:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{place} is not JSON: {error}") from error
-    return _document(row, place, domain, source)
-
-
-def _document(row: Mapping, place: str, domain: str, source: str) -> Document:
-    if not isinstance(row, Mapping) or ("text" not in row and "messages" not in row):
-        fields = ", ".join(row) if isinstance(row, Mapping) else type(row).__name__
-        raise InputError(f"{place} has neither `text` nor `messages` (it has: {fields})")
-    stated = row.get("domain")
-    domain = stated if isinstance(stated, str) else domain
-    messages = row.get("messages")
-    if messages is None:
-        if not isinstance(row.get("text"), str):
-            raise InputError(f"{place}: `text` must be a string")
-        return Document(row["text"], None, source, domain)
-    if not isinstance(messages, Sequence) or not all(isinstance(m, Mapping) and "role" in m for m in messages):
-        raise InputError(f"{place}: `messages` must be a list of objects with `role` and `content`")
-    return Document(None, tuple(messages), source, domain)
-
-
-def _read_hub(source: str, seed: int | None) -> Iterator[Document]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError(
-            f"{source} is neither a file nor a folder, and hub data sets need: pip install 'sqjax[hub]'"
-        ) from error
-    name, configuration, split = [*source.split(":"), "", ""][:3]
-    try:
-        stream = datasets.load_dataset(name, configuration or None, split=split or "train", streaming=True)
-        if seed is not None:
-            stream = stream.shuffle(seed=seed, buffer_size=10_000)
-        for number, row in enumerate(stream):
-            yield _document(row, f"{source}[{number}]", name.rsplit("/", 1)[-1], source)
-    except InputError:
-        raise
-    except Exception as error:  # the client raises dozens of kinds: network, permission, missing names
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"data set {source} cannot be read ({reason}); check the name and the network") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -381,8 +240,8 @@ def pack_windows(
     ends = np.asarray([end for end, _ in owners])
     # A window belongs to the document at its middle token: one that owns half of the window or more owns that one.
     middles = np.searchsorted(ends, np.arange(count) * length + length // 2, side="right")
-    chosen = [owners[i][1] for i in middles]
-    return Windows(tokens_WT, tuple(d.domain for d in chosen), tuple(d.source for d in chosen))
+    documents = tuple(document for _, document in owners)
+    return Windows(tokens_WT, tuple(documents[i].domain for i in middles), documents)
 
 
 def pack(
@@ -405,7 +264,7 @@ def encode_conversation(document: Document, tokenizer: Tokenizer) -> Conversatio
     position = 0
     for message in document.messages:
         role = RESPONSE if message["role"] == "assistant" else PROMPT
-        for part in _spoken(message):
+        for part in spoken(message):
             start = text.find(part, position)
             if start >= 0:
                 position = start + len(part)
@@ -413,69 +272,3 @@ def encode_conversation(document: Document, tokenizer: Tokenizer) -> Conversatio
     encoding = tokenizer.core.encode(text, add_special_tokens=False)
     starts = np.asarray([start for start, _ in encoding.offsets], np.int32).reshape(-1)
     return Conversation(np.asarray(encoding.ids, np.int32), roles[starts], document)
-
-
-def _spoken(message: Mapping) -> Iterator[str]:
-    """What a message says, in the order templates print it; many templates strip it, so it is stripped here."""
-    for content in (message.get("reasoning_content"), message.get("content")):
-        parts = content if isinstance(content, (list, tuple)) else [content]
-        for part in parts:
-            part = part.get("text") if isinstance(part, Mapping) else part
-            if isinstance(part, str) and part.strip():
-                yield part.strip()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Overlap
-
-
-def fingerprints(documents: Iterable[Document]) -> UInt64[np.ndarray, "N"]:
-    """Returns sorted hashes of whole documents and of an eighth of their runs of 16 words, letters folded.
-
-    The sample is by the hash's own value, so the same run is in every document's sample or in none's (Manber,
-    Finding Similar Files in a Large File System, 1994).
-    """
-    parts = [_document_prints(document) for document in documents]
-    return np.unique(np.concatenate([np.zeros(0, np.uint64), *parts]))
-
-
-def overlap(
-    calibration: Iterable[Document] | UInt64[np.ndarray, "N"], evaluation: Iterable[Document]
-) -> list[Document]:
-    """Returns the evaluated documents whose text is for the most part in the calibration text too.
-
-    `calibration` is documents or their `fingerprints`. A document counts when it is there as a whole or when more than
-    half of its sampled runs of 16 words are: a licence header shared by two files does not make them one.
-    """
-    known = calibration if isinstance(calibration, np.ndarray) else fingerprints(calibration)
-    if not len(known):
-        return []
-    found = []
-    for document in evaluation:
-        prints = _document_prints(document)
-        seen = known[np.searchsorted(known, prints).clip(max=len(known) - 1)] == prints
-        if seen[0] or (len(seen) > 1 and seen[1:].mean() > 0.5):
-            found.append(document)
-    return found
-
-
-def _document_prints(document: Document) -> UInt64[np.ndarray, "N"]:
-    text = document.text
-    if text is None:
-        text = "\n".join(part for message in document.messages for part in _spoken(message))
-    words = re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
-    digest = hashlib.blake2b(" ".join(words).encode(), digest_size=8).digest()
-    whole = np.frombuffer(digest, np.uint64)
-    if len(words) < _SHINGLE_WORDS:
-        return whole
-    word = np.asarray([zlib.crc32(w.encode()) for w in words], np.uint64)
-    # A polynomial in an odd base modulo 2^64, then a mixing step: the low bits, by which runs are sampled, would else
-    # depend on the low bits of the words alone.
-    base, runs = np.uint64(0x9E3779B97F4A7C15), len(words) - _SHINGLE_WORDS + 1
-    rolling = np.zeros(runs, np.uint64)
-    for offset in range(_SHINGLE_WORDS):
-        rolling = rolling * base + word[offset : offset + runs]
-    rolling ^= rolling >> np.uint64(31)
-    rolling *= np.uint64(0xBF58476D1CE4E5B9)
-    rolling ^= rolling >> np.uint64(29)
-    return np.concatenate([whole, rolling[rolling % np.uint64(_SHINGLE_SAMPLE) == 0]])
