@@ -155,13 +155,13 @@ def _read_hub(source: str, seed: int | None) -> Iterator[Document]:
 
 
 def spoken(message: Mapping) -> Iterator[str]:
-    """What a message says, in the order templates print it; many templates strip it, so it is stripped here."""
+    """What a message says, in the order in which templates print it."""
     for content in (message.get("reasoning_content"), message.get("content")):
         parts = content if isinstance(content, (list, tuple)) else [content]
         for part in parts:
             part = part.get("text") if isinstance(part, Mapping) else part
             if isinstance(part, str) and part.strip():
-                yield part.strip()
+                yield part
 
 
 # ---------------------------------------------------------------------------------------------------------------------

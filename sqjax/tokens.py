@@ -265,10 +265,12 @@ def encode_conversation(document: Document, tokenizer: Tokenizer) -> Conversatio
     for message in document.messages:
         role = RESPONSE if message["role"] == "assistant" else PROMPT
         for part in spoken(message):
-            start = text.find(part, position)
-            if start >= 0:
-                position = start + len(part)
-                roles[start:position] = role
+            # Many templates strip what is said.
+            for form in (part, part.strip()):
+                if (start := text.find(form, position)) >= 0:
+                    position = start + len(form)
+                    roles[start:position] = role
+                    break
     encoding = tokenizer.core.encode(text, add_special_tokens=False)
     starts = np.asarray([start for start, _ in encoding.offsets], np.int32).reshape(-1)
     return Conversation(np.asarray(encoding.ids, np.int32), roles[starts], document)
