@@ -76,7 +76,8 @@ def _gain(x: np.ndarray, config: ModelConfig) -> np.ndarray:
 
 
 def _decay(x: np.ndarray, config: ModelConfig) -> np.ndarray:
-    return tile_value_heads(-np.exp(x.astype(np.float32)), config)
+    # float64, rounded once: float32 exponentials differ between processors in the last bit.
+    return tile_value_heads(-np.exp(x.astype(np.float64)).astype(np.float32), config)
 
 
 def _per_value_head(x: np.ndarray, config: ModelConfig) -> np.ndarray:

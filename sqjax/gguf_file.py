@@ -4,6 +4,7 @@ Let O denote output features, I input features, S super-blocks in a row, B the b
 Source: conversion/qwen.py, conversion/base.py and src/llama-quant.cpp of llama.cpp at 0c1e5709.
 """
 
+import json
 import math
 import mmap
 import struct
@@ -78,12 +79,12 @@ def write_gguf(
     tensors: Mapping[str, np.ndarray | Q4K] | None = None,
     *,
     file_type: str,
-    metadata: Mapping[str, str] | None = None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> Written:
     """Writes a pure GGUF file of a Qwen3.5 model, one tensor in memory at a time, the same bytes for the same input.
 
-    The header is the one that llama.cpp's converter and quantizer write. It does not depend on how codes were chosen,
-    so that every file of a model has, to the byte, the size of llama.cpp's own pure file, unless `metadata` is given.
+    The header is the one that llama.cpp's converter writes. It does not depend on how codes were chosen, so that every
+    file of a model has, to the byte, the size of llama.cpp's own pure file; provenance therefore lies beside it.
 
     Args:
       path: the file; it appears whole or not at all.
@@ -91,7 +92,7 @@ def write_gguf(
       tensors: GGUF name -> the tensor in place of the checkpoint's own: float weights (rounded to the file's type, to
         Q4_K by llama.cpp's plain rounding), Q4K codes, or the packed bytes as uint8 [O, bytes in a row]. May be lazy.
       file_type: "f32", "bf16" or "q4_k"; the type of every matrix. Vectors are F32.
-      metadata: further keys and their text; they add to the file's size.
+      provenance: how the file came about, as JSON; written with the file's SHA-256 to `path` with .json appended.
 
     Raises:
       InputError: the path cannot be written, or a tensor has another shape than the configuration gives it.
@@ -103,7 +104,7 @@ def write_gguf(
     with atomic_path(path) as temporary:
         writer = gguf.GGUFWriter(temporary, gguf_metadata.ARCHITECTURE)
         try:
-            for key, value in gguf_metadata.header(checkpoint, file_type, metadata or {}).items():
+            for key, value in gguf_metadata.header(checkpoint, file_type).items():
                 writer.add_key_value(key, value.value, value.type, value.sub_type)
             for name, shape in shapes.items():
                 writer.add_tensor_info(
@@ -119,7 +120,15 @@ def write_gguf(
             writer.close()
     path = Path(path)
     tensor_bytes = sum(_stored_bytes(shape, types[name]) for name, shape in shapes.items())
-    return Written(path.stat().st_size, tensor_bytes, sha256(path))
+    written = Written(path.stat().st_size, tensor_bytes, sha256(path))
+    if provenance is not None:
+        with atomic_path(_provenance_path(path)) as temporary:
+            temporary.write_text(json.dumps({"sha256": written.sha256, **provenance}, indent=1), encoding="utf-8")
+    return written
+
+
+def _provenance_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
 
 
 def file_order(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -372,7 +381,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """Returns what a GGUF file of any architecture holds, as JSON.
 
     Keys: file_bytes, tensor_bytes, parameters, bits_per_weight (tensor bits over parameters), types (type -> number of
-    tensors), sha256, metadata (long arrays are summarised).
+    tensors), sha256, metadata (long arrays are summarised), provenance (of files that sqjax wrote, while their .json
+    lies beside them and names their SHA-256; else None).
 
     Raises:
       InputError: the file is no GGUF file, or is truncated.
@@ -381,15 +391,25 @@ def inspect(path: str | Path) -> dict[str, Any]:
     contents = read_contents(path)
     tensor_bytes = sum(tensor.data.nbytes for tensor in contents.tensors.values())
     parameters = sum(math.prod(tensor.shape) for tensor in contents.tensors.values())
+    digest = sha256(path)
     return {
         "file_bytes": path.stat().st_size,
         "tensor_bytes": tensor_bytes,
         "parameters": parameters,
         "bits_per_weight": 8 * tensor_bytes / parameters if parameters else 0.0,
         "types": dict(Counter(tensor.type.name for tensor in contents.tensors.values()).most_common()),
-        "sha256": sha256(path),
+        "sha256": digest,
         "metadata": {key: _summary(field) for key, field in contents.fields.items()},
+        "provenance": _read_provenance(_provenance_path(path), digest),
     }
+
+
+def _read_provenance(path: Path, digest: str) -> dict[str, Any] | None:
+    try:
+        provenance = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return provenance if isinstance(provenance, dict) and provenance.get("sha256") == digest else None
 
 
 def _summary(field: GGUFValue) -> Any:

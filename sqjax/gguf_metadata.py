@@ -4,6 +4,7 @@ Source: conversion/qwen.py and conversion/base.py of llama.cpp at 0c1e5709.
 """
 
 import json
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from gguf.gguf_writer import GGUFValue
 
 from sqjax.checkpoint import Checkpoint
 from sqjax.config import FULL, LINEAR, ModelConfig
+from sqjax.run import InputError
 from sqjax.tokens import Tokenizer
 
 ARCHITECTURE = "qwen35"
@@ -22,9 +24,14 @@ FILE_TYPES = {
     "bf16": gguf.LlamaFileType.MOSTLY_BF16,
     "q4_k": gguf.LlamaFileType.MOSTLY_Q4_K_M,
 }
+# llama.cpp's expression for the pre-tokenizer qwen35, which is that of Qwen3.5's tokenizer.json.
 _PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_PROBE = (
+    "I'm We'LL 12345 x=3.14!?  \n\n \t tabs\r\n   "
+    "trailing  naïve cafe\u0301 हिन्दी កាន់ 我想在 🚀👍🏽 'quoted' __a__ //b "
 )
 
 
@@ -32,28 +39,27 @@ _PATTERN = (
 # Writing
 
 
-def header(checkpoint: Checkpoint, file_type: str, extra: Mapping[str, str]) -> dict[str, GGUFValue]:
-    """All keys but general.architecture, in the order in which the converter, then the quantizer, leaves them."""
+def header(checkpoint: Checkpoint, file_type: str) -> dict[str, GGUFValue]:
+    """Returns all metadata but general.architecture, key by key what llama.cpp's converter writes.
+
+    Nothing in it depends on how codes were chosen: files of one model and type have headers of one size.
+
+    Raises:
+      InputError: the tokenizer is not byte-level BPE.
+    """
     writer = gguf.GGUFWriter(None, ARCHITECTURE)
     writer.add_type(gguf.GGUFType.MODEL)
     for key, value in checkpoint.general.items():
         writer.add_key_value(key, value.value, value.type, value.sub_type)
     if "general.name" not in checkpoint.general:
         writer.add_name(checkpoint.name)
-    _add_dimensions(writer, checkpoint.config)
-    if file_type != "q4_k":
-        writer.add_file_type(FILE_TYPES[file_type])
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _add_dimensions(writer, checkpoint.config, FILE_TYPES[file_type])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_tokenizer(writer, checkpoint.tokenizer, checkpoint.config.vocab_size)
-    if file_type == "q4_k":
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        writer.add_file_type(FILE_TYPES[file_type])
-    for key, text in sorted(extra.items()):
-        writer.add_string(key, text)
     return {key: value for key, value in writer.kv_data[0].items() if key != "general.architecture"}
 
 
-def _add_dimensions(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
+def _add_dimensions(writer: gguf.GGUFWriter, config: ModelConfig, file_type: gguf.LlamaFileType) -> None:
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -65,6 +71,7 @@ def _add_dimensions(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
+    writer.add_file_type(file_type)
     writer.add_ssm_conv_kernel(config.linear_conv_kernel_dim)
     writer.add_ssm_state_size(config.linear_key_head_dim)
     writer.add_ssm_group_count(config.linear_num_key_heads)
@@ -78,6 +85,12 @@ def _add_dimensions(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
 def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, vocab_size: int) -> None:
     tokens, types = vocabulary(tokenizer, vocab_size)
     model = json.loads(tokenizer.core.to_str())["model"]
+    if model["type"] != "BPE":
+        raise InputError(f"the tokenizer is {model['type']}, not byte-level BPE; give the one of a Qwen3.5 checkpoint")
+    if not _splits_as_qwen35(tokenizer.core):
+        print(
+            "the tokenizer splits text otherwise than qwen35's does; llama.cpp will tokenize otherwise", file=sys.stderr
+        )
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(ARCHITECTURE)
@@ -90,6 +103,13 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, vocab_size: in
     writer.add_add_bos_token(False)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def _splits_as_qwen35(core: tokenizers.Tokenizer) -> bool:
+    """Whether words are cut where llama.cpp's pre-tokenizer `qwen35` cuts them, on text full of hard cases."""
+    if core.pre_tokenizer is None:
+        return False
+    return core.pre_tokenizer.pre_tokenize_str(_PROBE) == _pre_tokenizer().pre_tokenize_str(_PROBE)
 
 
 def vocabulary(tokenizer: Tokenizer, vocab_size: int) -> tuple[list[str], list[int]]:
@@ -178,7 +198,7 @@ def read_tokenizer(values: Mapping[str, Any]) -> Tokenizer:
 
     if (of("ggml.model"), of("ggml.pre")) != ("gpt2", ARCHITECTURE):
         raise ValueError(f"its tokenizer is {of('ggml.model')} {of('ggml.pre')}, not gpt2 {ARCHITECTURE}")
-    tokens, types, merges = of("ggml.tokens"), of("ggml.token_type"), of("ggml.merges")
+    tokens, types, merges = of("ggml.tokens"), of("ggml.token_type"), of("ggml.merges") or []
     core = _byte_level_bpe(
         {token: i for i, token in enumerate(tokens) if types[i] != gguf.TokenType.UNUSED},
         [tuple(merge.split(" ")) for merge in merges],
@@ -198,8 +218,12 @@ def _byte_level_bpe(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -
     """Qwen3.5's tokenizer, as its tokenizer.json describes it, for a vocabulary."""
     core = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
     core.normalizer = tokenizers.normalizers.NFC()
-    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(_PATTERN), "isolated")
-    bytes_to_letters = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
-    core.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, bytes_to_letters])
+    core.pre_tokenizer = _pre_tokenizer()
     core.decoder = tokenizers.decoders.ByteLevel()
     return core
+
+
+def _pre_tokenizer() -> tokenizers.pre_tokenizers.PreTokenizer:
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(_PATTERN), "isolated")
+    bytes_to_letters = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    return tokenizers.pre_tokenizers.Sequence([split, bytes_to_letters])
