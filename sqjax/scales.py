@@ -30,9 +30,18 @@ def _rounded(product: Array) -> Array:
     return jnp.where(product > _LARGE, _LARGE, product)
 
 
+# XLA would replace x / 63 by x * (1 / 63) and 1 / (a / b) by b / a, and round otherwise than C.
+_kept = jax.lax.optimization_barrier
+
+
 def _ordered_sum(terms: list[Array]) -> Array:
     """Sums from the first term to the last, as a C loop does, where jnp.sum would build a tree."""
     return functools.reduce(lambda total, term: total + _rounded(term), terms[1:], _rounded(terms[0]))
+
+
+def _sum_of_squares(x: Array) -> Array:
+    """Sums over the first axis in order, in a loop: as an expression XLA would repeat the sum for every weight."""
+    return jax.lax.scan(lambda total, x: (total + _rounded(x * x), None), jnp.zeros_like(x[0]), x, unroll=8)[0]
 
 
 def _nearest_code(inverse: Array, x: Array, low: Array) -> Array:
@@ -43,12 +52,22 @@ def _safe(denominator: Array) -> Array:
     return jnp.where(denominator > 0, denominator, jnp.float32(1))
 
 
+def _apart(always: Array, function: Callable, *arguments: Array) -> Array | tuple[Array, ...]:
+    """Returns function(*arguments) where `always` is true, which XLA cannot know and so computes once, in one place.
+
+    Fused into each of its readers, a long sum would be repeated by every one of them: a third of the speed.
+    """
+    shapes = jax.eval_shape(function, *arguments)
+    never = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.cond(always, function, lambda *_: never, *arguments)
+
+
 def _search_sub_blocks(x_NGS: Array, importance_NGS: Array, numerators: np.ndarray) -> tuple[Array, Array, Array]:
     """Returns scale, min (>= 0) and codes of every sub-block, by make_qkx2_quants and make_qkx3_quants, which are one.
 
     Tries the inverse scales numerators / (max - min), refits scale and min to the codes of each by weighted least
-    squares, and keeps the best. As in C the kept min replaces the running one, and sets
-    the span of later candidates.
+    squares, and keeps the best. As in C the kept min replaces the running one, so that later candidates round from it
+    and divide by the span that it leaves.
     """
     xs, ws = list(x_NGS), list(importance_NGS)
     low, high = functools.reduce(jnp.minimum, xs), functools.reduce(jnp.maximum, xs)
@@ -57,6 +76,11 @@ def _search_sub_blocks(x_NGS: Array, importance_NGS: Array, numerators: np.ndarr
     high = jnp.where(flat, low + 1, high)
     sum_w, sum_x = _ordered_sum(ws), _ordered_sum([w * x for w, x in zip(ws, xs)])
 
+    def sums(inverse: Array, low: Array) -> tuple[Array, Array, Array]:
+        codes = [_nearest_code(inverse, x, low) for x in xs]
+        terms = [(w * l, w * l * l, w * l * x) for w, l, x in zip(ws, codes, xs)]
+        return tuple(_ordered_sum(list(column)) for column in zip(*terms))
+
     def error(scale: Array, offset: Array, inverse: Array, low: Array) -> Array:
         differences = [_rounded(scale * _nearest_code(inverse, x, low)) + offset - x for x in xs]
         return _ordered_sum([w * (e * e) for w, e in zip(ws, differences)])
@@ -64,21 +88,18 @@ def _search_sub_blocks(x_NGS: Array, importance_NGS: Array, numerators: np.ndarr
     def step(best: tuple[Array, ...], numerator: Array) -> tuple[tuple[Array, ...], None]:
         low, _, least, _, _ = best
         inverse = numerator / (high - low)
-        codes = [_nearest_code(inverse, x, low) for x in xs]
-        sum_l = _ordered_sum([w * l for w, l in zip(ws, codes)])
-        sum_l2 = _ordered_sum([w * l * l for w, l in zip(ws, codes)])
-        sum_xl = _ordered_sum([w * l * x for w, l, x in zip(ws, codes, xs)])
+        sum_l, sum_l2, sum_xl = _apart(numerator > 0, sums, inverse, low)
         determinant = _rounded(sum_w * sum_l2) - _rounded(sum_l * sum_l)
         scale = (_rounded(sum_w * sum_xl) - _rounded(sum_x * sum_l)) / _safe(determinant)
         offset = (_rounded(sum_l2 * sum_x) - _rounded(sum_l * sum_xl)) / _safe(determinant)
         scale = jnp.where(offset > 0, sum_xl / _safe(sum_l2), scale)
         offset = jnp.minimum(offset, 0)
-        now = error(scale, offset, inverse, low)
+        now = _apart(numerator > 0, error, scale, offset, inverse, low)
         better = (determinant > 0) & (now < least)
         candidate = (offset, scale, now, inverse, low)
         return tuple(jnp.where(better, new, old) for new, old in zip(candidate, best)), None
 
-    inverse = jnp.float32(MAX_CODE) / (high - low)
+    inverse = _kept(jnp.float32(MAX_CODE) / (high - low))
     scale = 1 / inverse
     start = (low, scale, error(scale, low, inverse, low), inverse, low)
     (offset, scale, _, inverse, low), _ = jax.lax.scan(step, start, jnp.asarray(numerators))
@@ -92,7 +113,7 @@ def _numerators(first: float, delta: float, count: int) -> np.ndarray:
 
 _PLAIN_NUMERATORS = _numerators(-1.0, 0.1, 21)
 _IMPORTANCE_NUMERATORS = _numerators(-0.9, 0.05, 37)
-_SIXTHS_NUMERATORS = [np.float32(0.1) * np.float32(i) + np.float32(MAX_SCALE) for i in (-4, -3, -2, -1, 1, 2, 3, 4)]
+_SIXTHS_NUMERATORS = np.float32(0.1) * np.float32([0, -4, -3, -2, -1, 1, 2, 3, 4]) + np.float32(MAX_SCALE)
 # Below this llama.cpp takes a group of values for zeros.
 _NOTHING = np.float32(1e-15)
 
@@ -101,8 +122,7 @@ def _sixths(values_GS: Array) -> tuple[Array, Array]:
     """Returns step and 6-bit integers of non-negative values: the largest becomes 63, the others the nearest."""
     largest_S = values_GS.max(0)
     inverse_S = jnp.where(largest_S > 0, MAX_SCALE / _safe(largest_S), 0)
-    # A division by a constant would become a multiplication by its rounded inverse.
-    step_S = largest_S / jax.lax.optimization_barrier(jnp.full_like(largest_S, MAX_SCALE))
+    step_S = largest_S / _kept(jnp.full_like(largest_S, MAX_SCALE))
     return step_S, jnp.clip(jnp.round(inverse_S[None] * values_GS), 0, MAX_SCALE)
 
 
@@ -111,41 +131,37 @@ def _weighted_sixths(values_GS: Array, weight_GS: Array) -> tuple[Array, Array]:
 
     The best of nine steps, then five rounds of coordinate ascent of the correlation that least squares leaves.
     """
-    xs, ws = list(values_GS), list(weight_GS)
-    largest_S = functools.reduce(jnp.maximum, xs)
+    largest_S = values_GS.max(0)
     zero_S = largest_S < _NOTHING
     bound_S = jnp.where(zero_S, jnp.float32(1), largest_S)
 
-    def nearest(inverse: Array) -> list[Array]:
-        return [jnp.clip(jnp.round(inverse * x), 0, MAX_SCALE) for x in xs]
+    def nearest(inverse_S: Array) -> Array:
+        return jnp.clip(jnp.round(inverse_S[None] * values_GS), 0, MAX_SCALE)
 
-    def error(inverse: Array) -> Array:
-        differences = [x - _rounded(1 / inverse * l) for x, l in zip(xs, nearest(inverse))]
-        return _ordered_sum([w * e * e for w, e in zip(ws, differences)])
+    def attempt(best: tuple[Array, Array], numerator: Array) -> tuple[tuple[Array, Array], None]:
+        inverse_S = _kept(numerator / bound_S)
+        difference_GS = values_GS - _rounded((1 / inverse_S)[None] * nearest(inverse_S))
+        now = _ordered_sum(list(weight_GS * difference_GS * difference_GS))
+        return tuple(jnp.where(now < best[1], new, old) for new, old in zip((inverse_S, now), best)), None
 
-    inverse = MAX_SCALE / bound_S
-    least = error(inverse)
-    for numerator in _SIXTHS_NUMERATORS:
-        candidate = numerator / bound_S
-        now = error(candidate)
-        inverse, least = jnp.where(now < least, candidate, inverse), jnp.minimum(now, least)
-
-    def ascend(_: int, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def ascend(step: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         integers_GS, sum_lx, sum_l2 = state
-        for i, (x, w) in enumerate(zip(xs, ws)):
-            l = integers_GS[i]
-            rest_lx, rest_l2 = sum_lx - _rounded(w * x * l), sum_l2 - _rounded(w * l * l)
-            new = jnp.minimum(jnp.round(x * rest_l2 / _safe(rest_lx)), MAX_SCALE)
-            new_lx, new_l2 = rest_lx + _rounded(w * x * new), rest_l2 + _rounded(w * new * new)
-            better = (rest_lx > 0) & (rest_l2 > 0) & (new != l) & (new_lx**2 * sum_l2 > sum_lx**2 * new_l2)
-            integers_GS = integers_GS.at[i].set(jnp.where(better, new, l))
-            sum_lx, sum_l2 = jnp.where(better, new_lx, sum_lx), jnp.where(better, new_l2, sum_l2)
-        return integers_GS, sum_lx, sum_l2
+        i = step % SUB_BLOCKS
+        x, w, l = values_GS[i], weight_GS[i], integers_GS[i]
+        rest_lx, rest_l2 = sum_lx - _rounded(w * x * l), sum_l2 - _rounded(w * l * l)
+        new = jnp.minimum(jnp.round(x * rest_l2 / _safe(rest_lx)), MAX_SCALE)
+        new_lx, new_l2 = rest_lx + _rounded(w * x * new), rest_l2 + _rounded(w * new * new)
+        better = (rest_lx > 0) & (rest_l2 > 0) & (new != l)
+        better &= new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2
+        integers_GS = integers_GS.at[i].set(jnp.where(better, new, l))
+        return integers_GS, jnp.where(better, new_lx, sum_lx), jnp.where(better, new_l2, sum_l2)
 
-    integers = nearest(inverse)
-    sum_lx = _ordered_sum([w * x * l for w, x, l in zip(ws, xs, integers)])
-    sum_l2 = _ordered_sum([w * l * l for w, l in zip(ws, integers)])
-    integers_GS, sum_lx, sum_l2 = jax.lax.fori_loop(0, 5, ascend, (jnp.stack(integers), sum_lx, sum_l2))
+    nothing = (jnp.zeros_like(bound_S), jnp.full_like(bound_S, jnp.inf))
+    (inverse_S, _), _ = jax.lax.scan(attempt, nothing, jnp.asarray(_SIXTHS_NUMERATORS))
+    integers_GS = nearest(inverse_S)
+    sum_lx = _ordered_sum(list(weight_GS * values_GS * integers_GS))
+    sum_l2 = _ordered_sum(list(weight_GS * integers_GS * integers_GS))
+    integers_GS, sum_lx, sum_l2 = jax.lax.fori_loop(0, 5 * SUB_BLOCKS, ascend, (integers_GS, sum_lx, sum_l2))
     step_S = jnp.where(zero_S | (sum_l2 <= 0), 0, sum_lx / _safe(sum_l2))
     return step_S, jnp.where(zero_S[None], 0, integers_GS)
 
@@ -169,8 +185,7 @@ def _to_lanes(weight_SI: Array) -> Array:
 @jax.jit
 def _plain(weight_SI: Array) -> Q4K:
     x_NGS = _to_lanes(weight_SI)
-    mean_GS = _ordered_sum([x * x for x in x_NGS]) / SUB_BLOCK
-    importance_NGS = jnp.sqrt(mean_GS)[None] + jnp.abs(x_NGS)
+    importance_NGS = jnp.sqrt(_sum_of_squares(x_NGS) / SUB_BLOCK)[None] + jnp.abs(x_NGS)
     scale_GS, min_GS, codes_NGS = _search_sub_blocks(x_NGS, importance_NGS, _PLAIN_NUMERATORS)
     (d_S, scales_GS), (dmin_S, mins_GS) = _sixths(scale_GS), _sixths(min_GS)
     return _finish(x_NGS, codes_NGS, (d_S, dmin_S), (scales_GS, mins_GS))
@@ -180,12 +195,12 @@ def _plain(weight_SI: Array) -> Q4K:
 def _with_importance(weight_SI: Array, importance_SI: Array) -> Q4K:
     x_NGS, importance_NGS = _to_lanes(weight_SI), _to_lanes(importance_SI)
     x_IS = x_NGS.swapaxes(0, 1).reshape(SUPER_BLOCK, -1)
-    variance_S = 2 * _ordered_sum([x * x for x in x_IS]) / SUPER_BLOCK
+    variance_S = 2 * _sum_of_squares(x_IS) / SUPER_BLOCK
     importance_NGS = importance_NGS * jnp.sqrt(variance_S[None, None] + _rounded(x_NGS * x_NGS))
     scale_GS, min_GS, codes_NGS = _search_sub_blocks(x_NGS, importance_NGS, _IMPORTANCE_NUMERATORS)
     sum_GS = _ordered_sum(list(importance_NGS))
-    (d_S, scales_GS), (dmin_S, mins_GS) = (_weighted_sixths(a, sum_GS) for a in (scale_GS, min_GS))
-    return _finish(x_NGS, codes_NGS, (d_S, dmin_S), (scales_GS, mins_GS))
+    steps, sixes = _weighted_sixths(jnp.concatenate([scale_GS, min_GS], 1), jnp.concatenate([sum_GS, sum_GS], 1))
+    return _finish(x_NGS, codes_NGS, jnp.split(steps, 2), jnp.split(sixes, 2, 1))
 
 
 def _in_chunks(function: Callable[..., Q4K], *arrays_SI: np.ndarray) -> Q4K:
