@@ -14,7 +14,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from gguf import GGMLQuantizationType
+from gguf.quants import quantize as gguf_quantize
+from jaxtyping import Array, Float, UInt8
 
 from sqjax.q4_k import MAX_CODE, MAX_SCALE, Q4K, SUB_BLOCK, SUB_BLOCKS, SUPER_BLOCK
 
@@ -23,6 +25,7 @@ CHUNK = 1024
 
 _LARGE = np.float32(3e38)
 _LARGEST_HALF = np.float32(65504)
+_REACH = _LARGEST_HALF * MAX_SCALE * MAX_CODE
 
 
 def _rounded(product: Array) -> Array:
@@ -178,8 +181,10 @@ def _finish(x_NGS: Array, codes_NGS: Array, steps_S: tuple[Array, Array], sixes_
     return Q4K(d_S, dmin_S, *(a.T.astype(jnp.uint8) for a in (scales_GS, mins_GS, codes_NGS)))
 
 
-def _to_lanes(weight_SI: Array) -> Array:
-    return weight_SI.astype(jnp.float32).reshape(-1, SUB_BLOCKS, SUB_BLOCK).T
+def _to_lanes(array_SI: Array) -> Array:
+    # Beyond the reach of the format nothing but the largest step can stand, and sums of squares would overflow.
+    array_SI = jnp.clip(array_SI.astype(jnp.float32), -_REACH, _REACH)
+    return array_SI.reshape(-1, SUB_BLOCKS, SUB_BLOCK).T
 
 
 @jax.jit
@@ -262,3 +267,8 @@ def round_with_importance(
     """
     blocks = _super_blocks(weight_OI), _importance_blocks(weight_OI, importance_I)
     return _as_matrix(_in_chunks(_with_importance, *blocks), weight_OI.shape[0])
+
+
+def round_q5_0(weight_OI: Float[np.ndarray, "O I"]) -> UInt8[np.ndarray, "O B"]:
+    """Returns the packed Q5_0 rows that stand in for Q4_K where a row is a multiple of 32 but not of 256 long."""
+    return gguf_quantize(np.asarray(weight_OI, np.float32), GGMLQuantizationType.Q5_0)
