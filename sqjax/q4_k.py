@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float16, Float32, UInt8
+from jaxtyping import Array, Float, Float16, Float32, UInt8
 
 SUPER_BLOCK = 256
 SUB_BLOCK = 32
@@ -66,6 +66,17 @@ def dequantize(q: Q4K) -> Float32[Array, "*O I"]:
     step_OSG, offset_OSG = steps(q)
     weight_OSGN = step_OSG[..., None] * q.codes_OSGN.astype(step_OSG.dtype) - offset_OSG[..., None]
     return weight_OSGN.reshape(q.shape)
+
+
+def nearest_codes(weight_OI: Float[Array, "*O I"], q: Q4K) -> UInt8[Array, "*O S 8 32"]:
+    """Returns the codes that come nearest to the weights on the grid of `q`, whose own codes are not read.
+
+    Where the step is zero every code means the same weight, and the code is zero.
+    """
+    step_OSG1, offset_OSG1 = (jnp.asarray(a)[..., None] for a in steps(q))
+    weight_OSGN = jnp.asarray(weight_OI).astype(jnp.float32).reshape(*q.scales_OSG.shape, SUB_BLOCK)
+    codes_OSGN = (weight_OSGN + offset_OSG1) / jnp.where(step_OSG1 > 0, step_OSG1, jnp.inf)
+    return jnp.clip(jnp.round(codes_OSGN), 0, MAX_CODE).astype(jnp.uint8)
 
 
 def valid(q: Q4K) -> bool:

@@ -65,6 +65,27 @@ def _apart(always: Array, function: Callable, *arguments: Array) -> Array | tupl
     return jax.lax.cond(always, function, lambda *_: never, *arguments)
 
 
+def _code_sums(xs: list[Array], ws: list[Array], inverse: Array, low: Array) -> tuple[Array, Array, Array]:
+    codes = [_nearest_code(inverse, x, low) for x in xs]
+    terms = [(w * l, w * l * l, w * l * x) for w, l, x in zip(ws, codes, xs)]
+    return tuple(_ordered_sum(list(column)) for column in zip(*terms))
+
+
+def _code_error(xs: list[Array], ws: list[Array], scale: Array, offset: Array, inverse: Array, low: Array) -> Array:
+    differences = [_rounded(scale * _nearest_code(inverse, x, low)) + offset - x for x in xs]
+    return _ordered_sum([w * (e * e) for w, e in zip(ws, differences)])
+
+
+def _regress(sum_w: Array, sum_x: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    """Returns scale and offset (<= 0) that fit scale * codes + offset to the weights, and the determinant to be > 0."""
+    sum_l, sum_l2, sum_xl = sums
+    determinant = _rounded(sum_w * sum_l2) - _rounded(sum_l * sum_l)
+    scale = (_rounded(sum_w * sum_xl) - _rounded(sum_x * sum_l)) / _safe(determinant)
+    offset = (_rounded(sum_l2 * sum_x) - _rounded(sum_l * sum_xl)) / _safe(determinant)
+    scale = jnp.where(offset > 0, sum_xl / _safe(sum_l2), scale)
+    return scale, jnp.minimum(offset, 0), determinant
+
+
 def _search_sub_blocks(x_NGS: Array, importance_NGS: Array, numerators: np.ndarray) -> tuple[Array, Array, Array]:
     """Returns scale, min (>= 0) and codes of every sub-block, by make_qkx2_quants and make_qkx3_quants, which are one.
 
@@ -78,25 +99,12 @@ def _search_sub_blocks(x_NGS: Array, importance_NGS: Array, numerators: np.ndarr
     flat = high <= low
     high = jnp.where(flat, low + 1, high)
     sum_w, sum_x = _ordered_sum(ws), _ordered_sum([w * x for w, x in zip(ws, xs)])
-
-    def sums(inverse: Array, low: Array) -> tuple[Array, Array, Array]:
-        codes = [_nearest_code(inverse, x, low) for x in xs]
-        terms = [(w * l, w * l * l, w * l * x) for w, l, x in zip(ws, codes, xs)]
-        return tuple(_ordered_sum(list(column)) for column in zip(*terms))
-
-    def error(scale: Array, offset: Array, inverse: Array, low: Array) -> Array:
-        differences = [_rounded(scale * _nearest_code(inverse, x, low)) + offset - x for x in xs]
-        return _ordered_sum([w * (e * e) for w, e in zip(ws, differences)])
+    sums, error = functools.partial(_code_sums, xs, ws), functools.partial(_code_error, xs, ws)
 
     def step(best: tuple[Array, ...], numerator: Array) -> tuple[tuple[Array, ...], None]:
         low, _, least, _, _ = best
         inverse = numerator / (high - low)
-        sum_l, sum_l2, sum_xl = _apart(numerator > 0, sums, inverse, low)
-        determinant = _rounded(sum_w * sum_l2) - _rounded(sum_l * sum_l)
-        scale = (_rounded(sum_w * sum_xl) - _rounded(sum_x * sum_l)) / _safe(determinant)
-        offset = (_rounded(sum_l2 * sum_x) - _rounded(sum_l * sum_xl)) / _safe(determinant)
-        scale = jnp.where(offset > 0, sum_xl / _safe(sum_l2), scale)
-        offset = jnp.minimum(offset, 0)
+        scale, offset, determinant = _regress(sum_w, sum_x, _apart(numerator > 0, sums, inverse, low))
         now = _apart(numerator > 0, error, scale, offset, inverse, low)
         better = (determinant > 0) & (now < least)
         candidate = (offset, scale, now, inverse, low)
@@ -116,12 +124,12 @@ def _numerators(first: float, delta: float, count: int) -> np.ndarray:
 
 _PLAIN_NUMERATORS = _numerators(-1.0, 0.1, 21)
 _IMPORTANCE_NUMERATORS = _numerators(-0.9, 0.05, 37)
-_SIXTHS_NUMERATORS = np.float32(0.1) * np.float32([0, -4, -3, -2, -1, 1, 2, 3, 4]) + np.float32(MAX_SCALE)
+_SIX_BIT_NUMERATORS = np.float32(0.1) * np.float32([0, -4, -3, -2, -1, 1, 2, 3, 4]) + np.float32(MAX_SCALE)
 # Below this llama.cpp takes a group of values for zeros.
 _NOTHING = np.float32(1e-15)
 
 
-def _sixths(values_GS: Array) -> tuple[Array, Array]:
+def _six_bits(values_GS: Array) -> tuple[Array, Array]:
     """Returns step and 6-bit integers of non-negative values: the largest becomes 63, the others the nearest."""
     largest_S = values_GS.max(0)
     inverse_S = jnp.where(largest_S > 0, MAX_SCALE / _safe(largest_S), 0)
@@ -129,7 +137,7 @@ def _sixths(values_GS: Array) -> tuple[Array, Array]:
     return step_S, jnp.clip(jnp.round(inverse_S[None] * values_GS), 0, MAX_SCALE)
 
 
-def _weighted_sixths(values_GS: Array, weight_GS: Array) -> tuple[Array, Array]:
+def _weighted_six_bits(values_GS: Array, weight_GS: Array) -> tuple[Array, Array]:
     """Returns step and 6-bit integers of non-negative values that nearly minimise the weighted error (make_qp_quants).
 
     The best of nine steps, then five rounds of coordinate ascent of the correlation that least squares leaves.
@@ -160,7 +168,7 @@ def _weighted_sixths(values_GS: Array, weight_GS: Array) -> tuple[Array, Array]:
         return integers_GS, jnp.where(better, new_lx, sum_lx), jnp.where(better, new_l2, sum_l2)
 
     nothing = (jnp.zeros_like(bound_S), jnp.full_like(bound_S, jnp.inf))
-    (inverse_S, _), _ = jax.lax.scan(attempt, nothing, jnp.asarray(_SIXTHS_NUMERATORS))
+    (inverse_S, _), _ = jax.lax.scan(attempt, nothing, jnp.asarray(_SIX_BIT_NUMERATORS))
     integers_GS = nearest(inverse_S)
     sum_lx = _ordered_sum(list(weight_GS * values_GS * integers_GS))
     sum_l2 = _ordered_sum(list(weight_GS * integers_GS * integers_GS))
@@ -192,7 +200,7 @@ def _plain(weight_SI: Array) -> Q4K:
     x_NGS = _to_lanes(weight_SI)
     importance_NGS = jnp.sqrt(_sum_of_squares(x_NGS) / SUB_BLOCK)[None] + jnp.abs(x_NGS)
     scale_GS, min_GS, codes_NGS = _search_sub_blocks(x_NGS, importance_NGS, _PLAIN_NUMERATORS)
-    (d_S, scales_GS), (dmin_S, mins_GS) = _sixths(scale_GS), _sixths(min_GS)
+    (d_S, scales_GS), (dmin_S, mins_GS) = _six_bits(scale_GS), _six_bits(min_GS)
     return _finish(x_NGS, codes_NGS, (d_S, dmin_S), (scales_GS, mins_GS))
 
 
@@ -204,7 +212,7 @@ def _with_importance(weight_SI: Array, importance_SI: Array) -> Q4K:
     importance_NGS = importance_NGS * jnp.sqrt(variance_S[None, None] + _rounded(x_NGS * x_NGS))
     scale_GS, min_GS, codes_NGS = _search_sub_blocks(x_NGS, importance_NGS, _IMPORTANCE_NUMERATORS)
     sum_GS = _ordered_sum(list(importance_NGS))
-    steps, sixes = _weighted_sixths(jnp.concatenate([scale_GS, min_GS], 1), jnp.concatenate([sum_GS, sum_GS], 1))
+    steps, sixes = _weighted_six_bits(jnp.concatenate([scale_GS, min_GS], 1), jnp.concatenate([sum_GS, sum_GS], 1))
     return _finish(x_NGS, codes_NGS, jnp.split(steps, 2), jnp.split(sixes, 2, 1))
 
 
