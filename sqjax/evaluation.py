@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int32
-from scipy import stats
+from scipy import special
 
 from sqjax.model import Qwen35
 from sqjax.run import InputError
@@ -62,6 +62,8 @@ def prepare(texts: Texts, tokenizer: Tokenizer, length: int, windows: int | None
     Raises:
       InputError: the text does not fill one window, a conversation cannot be rendered, or nothing is left to score.
     """
+    if windows is not None and windows < 1:
+        raise InputError(f"{windows} windows cannot be scored; ask for 1 or more")
     plain, spoken = texts.by_kind()
     tokens, domains, roles, documents = [], [], [], []
     if plain.files:
@@ -296,7 +298,7 @@ def interval(values_N: np.ndarray, sequence_N: np.ndarray, *, seed: int = 0) -> 
     """
     means_R = np.sort(_resampled(_sums(values_N, sequence_N), seed=seed)[:, 0])
     groups = max(2, len(np.unique(sequence_N)))
-    tail = stats.norm.cdf(math.sqrt(groups / (groups - 1)) * stats.t.ppf((1 - _CONFIDENCE) / 2, groups - 1))
+    tail = special.ndtr(math.sqrt(groups / (groups - 1)) * special.stdtrit(groups - 1, (1 - _CONFIDENCE) / 2))
     low, high = np.quantile(means_R, [tail, 1 - tail])
     return [float(low), float(high)]
 
@@ -305,7 +307,7 @@ def _sums(values_N: np.ndarray, sequence_N: np.ndarray) -> np.ndarray:
     """Sums [S, K + 1] of K values [N, K] over each sequence and, last, its number of tokens."""
     _, group_N = np.unique(sequence_N, return_inverse=True)
     if group_N.max() == 0:
-        group_N = np.arange(len(group_N)) * _BLOCKS_OF_ONE // len(group_N)
+        group_N = np.arange(len(group_N)) * min(_BLOCKS_OF_ONE, len(group_N)) // len(group_N)
     columns = [*np.asarray(values_N, np.float64).reshape(len(group_N), -1).T, np.ones(len(group_N))]
     return np.stack([np.bincount(group_N, column) for column in columns], axis=1)
 

@@ -1,11 +1,16 @@
-"""What every stage shares: errors that a user can mend, and files that appear whole or not at all."""
+"""What every stage shares: errors that a user can mend, files that appear whole or not at all, progress."""
 
 import contextlib
+import datetime
 import hashlib
 import os
+import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+_SECONDS_BETWEEN_LINES = 15.0
 
 
 class InputError(Exception):
@@ -37,7 +42,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; free space or choose another folder") from error
+        raise InputError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -46,3 +53,31 @@ def sha256(path: str | Path) -> str:
     """Returns the SHA-256 of a file's content as hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def progress(description: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields a function of (done, total) that shows the share done and the time left on standard error.
+
+    A terminal gets a bar; a log file gets a line every quarter of a minute.
+    """
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(description, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    start = last = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _SECONDS_BETWEEN_LINES and 0 < done < total:
+            left = datetime.timedelta(seconds=round((now - start) / done * (total - done)))
+            print(f"{description}: {done} of {total} ({done / total:.0%}), {left} left", file=sys.stderr, flush=True)
+            last = now
+
+    yield report

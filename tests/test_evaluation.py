@@ -93,7 +93,8 @@ def test_divergence_agrees_with_float64_where_it_is_tiny_and_where_it_is_huge():
     expected = (np.exp(log_p) * (log_p - log_q)).sum(1)
     kl, loss, loss_reference, agree = jax.jit(evaluation.divergence)(logits, student, target)
     # At 4e-9 nats the sum of p log(p/q), in float32, would be off by a hundred times its value.
-    np.testing.assert_allclose(kl, expected, rtol=[1e-3, 2e-5, 2e-5, 2e-5, 2e-5, 0])
+    np.testing.assert_allclose(kl[:1], expected[:1], rtol=1e-3)
+    np.testing.assert_allclose(kl[1:], expected[1:], rtol=2e-5)
     assert np.all(np.asarray(kl) >= 0) and kl[5] == 0
     np.testing.assert_allclose(loss, -log_q[np.arange(6), target], rtol=1e-5)
     np.testing.assert_allclose(loss_reference, -log_p[np.arange(6), target], rtol=1e-5)
@@ -118,7 +119,7 @@ def test_a_difference_planted_in_one_window_is_found_there(checkpoint, reference
 
 def test_padding_changes_no_score(reference, student, scores):
     """Conversations are padded to buckets; the same tokens as windows are not."""
-    lengths = (256, 200, 65, 2)
+    lengths = (256, 200, 40, 2)
     cut = tuple(row[:length] for row, length in zip(TOKENS_WT, lengths))
     roles = tuple(np.arange(length, dtype=np.int32) % 3 for length in lengths)
     sequences = Sequences(cut, ("a", "b", "a", "b"), roles)
@@ -127,7 +128,7 @@ def test_padding_changes_no_score(reference, student, scores):
         ours, whole = (x.loss[x.sequence == index] for x in (padded, scores))
         np.testing.assert_allclose(ours, whole[: length - 1], atol=1e-4)
     summary = evaluation.summarize(padded, sequences)
-    assert {name: part["tokens"] for name, part in summary["domains"].items()} == {"a": 255 + 64, "b": 199 + 1}
+    assert {name: part["tokens"] for name, part in summary["domains"].items()} == {"a": 255 + 39, "b": 199 + 1}
     assert sum(part["tokens"] for part in summary["roles"].values()) == summary["tokens"] == sum(lengths) - 4
     assert list(summary["roles"]) == ["template", "prompt", "response"]
 
@@ -204,7 +205,8 @@ def test_one_sequence_still_has_an_interval():
     values = np.random.default_rng(3).normal(size=400)
     low, high = evaluation.interval(values, np.zeros(400, np.int32))
     assert low < values.mean() < high
-    assert np.all(np.isfinite(evaluation.interval(np.ones(1), np.zeros(1, np.int32))))
+    for count in (1, 2, 5):
+        assert evaluation.interval(np.ones(count), np.zeros(count, np.int32)) == [1, 1]
 
 
 def test_gap_is_paired():

@@ -1,0 +1,240 @@
+"""The command line: arguments in, tables or one JSON object out; everything else goes to standard error."""
+
+import contextlib
+import functools
+import json as json_format
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from sqjax.run import InputError
+
+Result = dict[str, Any]
+# A result, whether it is printed as JSON, and what makes a table of it.
+Shown = tuple[Result, bool, Callable[[Result], Any]]
+Text = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")]
+Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+InFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.gguf")]
+OutFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.gguf")]
+Json = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+MIB = 1 << 20
+_EPILOGUE = "MODEL: Hugging Face folder, hub id or GGUF file. TEXT: .txt, .jsonl, a folder of them, or a data set id."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands: each returns its result and how to show it
+
+
+def convert(model: Model, out: OutFile, type: Literal["f32", "bf16", "q4_k"] = "q4_k", json: Json = False) -> Shown:
+    """Write a checkpoint as GGUF; q4_k is llama.cpp's plain rounding, pure.
+
+    Args:
+        model: Hugging Face folder, hub id or GGUF file
+        out: file to write
+        type: of every matrix
+        json: print one JSON object and nothing else
+    """
+    from sqjax import pipeline
+
+    return pipeline.convert(model, out, type=type), json, _file_table
+
+
+def inspect(file: InFile, json: Json = False) -> Shown:
+    """Show types, sizes, bits per weight, SHA-256 and metadata of a GGUF file.
+
+    Args:
+        file: GGUF file of any architecture
+        json: print one JSON object and nothing else
+    """
+    from sqjax import pipeline
+
+    return pipeline.inspect(file), json, _inspection_table
+
+
+def evaluate(
+    file: InFile,
+    reference: Annotated[str, tyro.conf.arg(metavar="MODEL")],
+    text: Text = (),
+    length: int = 512,
+    windows: int | None = None,
+    runtime: Literal["jax", "llama.cpp"] = "jax",
+    dtype: Literal["f32", "bf16"] = "f32",
+    calibration: Text = (),
+    seed: int = 0,
+    json: Json = False,
+) -> Shown:
+    """Measure what a GGUF file lost against the model it was made from.
+
+    Args:
+        file: GGUF file of any type; it is read back and dequantized, or run in llama.cpp
+        reference: the model that it was made from
+        text: what to score, may be given several times; the suite heldout120 unless given
+        length: tokens of a window; conversations are scored whole
+        windows: score the first so many windows (and conversations); all unless given
+        runtime: where both are run
+        dtype: of the matrices in JAX
+        calibration: text that the file was made with; refused where it is evaluated too
+        seed: of the bootstrap
+        json: print one JSON object and nothing else
+    """
+    from sqjax import pipeline
+
+    result = pipeline.evaluate(
+        file,
+        reference=reference,
+        text=text or pipeline.DEFAULT_SUITE,
+        length=length,
+        windows=windows,
+        runtime=runtime,
+        dtype=dtype,
+        calibration=calibration,
+        seed=seed,
+    )
+    return result, json, lambda result: _evaluation_table({file.name: result})
+
+
+def demo(out: Path = Path("runs/demo"), json: Json = False) -> Shown:
+    """Run the pipeline on the embedded model.
+
+    Args:
+        out: folder for the files
+        json: print one JSON object and nothing else
+    """
+    from sqjax import pipeline
+
+    return pipeline.demo(out), json, lambda result: _evaluation_table(result["files"])
+
+
+COMMANDS: dict[str, Callable[..., Shown]] = {
+    "demo": demo,
+    "convert": convert,
+    "evaluate": evaluate,
+    "inspect": inspect,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Output
+
+
+def _print(result: Result, as_json: bool, table: Callable[[Result], Any]) -> None:
+    if as_json:
+        # NaN and infinity are no JSON: a result that holds one is a fault of ours and must not pass silently.
+        print(json_format.dumps(result, allow_nan=False), flush=True)
+        return
+    from rich.console import Console
+
+    # A table in a file or a pipe must not be cut to the width of a terminal that is not there.
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table(result))
+
+
+def _new_table(title: str, *columns: str, justify: str = "right") -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(columns[0], overflow="fold")
+    for column in columns[1:]:
+        table.add_column(column, justify=justify, overflow="fold")
+    return table
+
+
+def _file_table(result: Result) -> Any:
+    table = _new_table(result["file"], "", "", justify="left")
+    for key, shown in (
+        ("types", ", ".join(f"{count} {kind}" for kind, count in result["types"].items())),
+        ("bytes", f"{result['file_bytes']:,} (tensors {result['tensor_bytes']:,})"),
+        ("bits per weight", f"{result['bits_per_weight']:.4f}"),
+        ("parameters", f"{result['parameters']:,}"),
+        ("SHA-256", result["sha256"]),
+    ):
+        table.add_row(key, shown)
+    return table
+
+
+def _inspection_table(result: Result) -> Any:
+    table = _file_table(result)
+    table.add_section()
+    for key, value in result["metadata"].items():
+        shown = f"{value['length']:,} entries" if isinstance(value, dict) else str(value)
+        table.add_row(key, shown if len(shown) <= 60 else shown[:57] + "...")
+    return table
+
+
+def _evaluation_table(files: dict[str, Result]) -> Any:
+    """One row a file, and one for each of its domains and roles; an interval is shown as half its width."""
+    columns = ("", "tokens", "KL", "±", "p99", "top-1", "loss", "gap", "±", "bpw", "MiB")
+    table = _new_table("KL divergence and loss in nats per token, intervals at 95%", *columns)
+    for name, result in files.items():
+        table.add_row(
+            name, *_metrics_row(result), f"{result['bits_per_weight']:.2f}", f"{result['file_bytes'] / MIB:.1f}"
+        )
+        for part, metrics in (result.get("domains", {}) | result.get("roles", {})).items():
+            table.add_row(f"  {part}", *_metrics_row(metrics), "", "")
+    return table
+
+
+def _metrics_row(metrics: Result) -> list[str]:
+    half = {name: (metrics[name][1] - metrics[name][0]) / 2 for name in ("kl_interval", "gap_interval")}
+    return [
+        f"{metrics['tokens']:,}",
+        f"{metrics['kl']:.5f}",
+        f"{half['kl_interval']:.5f}",
+        f"{metrics['kl_p99']:.3f}",
+        f"{metrics['top1']:.2%}",
+        f"{metrics['cross_entropy']:.4f}",
+        f"{metrics['gap']:+.4f}",
+        f"{half['gap_interval']:.4f}",
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Entry
+
+
+def _keep_compiled_programs() -> None:
+    """Lets JAX keep what it compiles in the user's cache, so that a command starts quickly the second time."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sqjax" / "compiled"
+    # JAX reads these when it is imported, which happens inside the commands.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+
+def _quietly(command: Callable[..., Shown]) -> Callable[..., Shown]:
+    """Sends what a command and its libraries print to standard error: standard output is for the result."""
+
+    @functools.wraps(command)
+    def run(*arguments, **options):
+        with contextlib.redirect_stdout(sys.stderr):
+            return command(*arguments, **options)
+
+    return run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns 0 when done, 1 when the input is at fault, 130 when interrupted.
+
+    Raises:
+      SystemExit: with 2 on wrong usage, with 0 after help.
+    """
+    _keep_compiled_programs()
+    commands = {name: _quietly(command) for name, command in COMMANDS.items()}
+    try:
+        _print(*tyro.extras.subcommand_cli_from_dict(commands, prog="sqjax", args=arguments, description=_EPILOGUE))
+    except InputError as error:
+        print(f"sqjax: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("sqjax: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""Imports go strictly downward: each line may import the lines above it, and nothing beside or below."""
+
+import ast
+import pathlib
+
+import sqjax
+
+LAYERS = """
+run
+config q4_k delta_rule texts
+least_squares
+tokens scales objective hub
+rounding equalize
+checkpoint
+gguf_metadata
+gguf_file
+model
+statistics evaluation
+runtime
+quantize refine
+report
+pipeline
+sweep
+cli
+"""
+RANK = {name: rank for rank, line in enumerate(LAYERS.split("\n")) for name in line.split()}
+MODULES = sorted(pathlib.Path(sqjax.__file__).parent.glob("*.py"))
+
+
+def imported(path):
+    """Names of the package's own modules that a file imports, wherever in it, and of foreign packages."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"sqjax.{alias.name}" for alias in node.names) if node.module == "sqjax" else (node.module,)
+
+
+def test_imports_go_downward():
+    modules = {path.stem: path for path in MODULES if path.stem != "__init__"}
+    assert not modules.keys() - RANK.keys(), "give each new module its place in LAYERS"
+    arrows = [
+        (name, target.split(".")[1]) for name in modules for target in imported(modules[name]) if "sqjax." in target
+    ]
+    assert arrows and [(a, b) for a, b in arrows if RANK[b] >= RANK[a]] == []
+
+
+def test_the_report_needs_no_jax():
+    for path in MODULES:
+        if path.stem == "report":
+            assert not {"jax", "flax"} & {name.split(".")[0] for name in imported(path)}
