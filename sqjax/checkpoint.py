@@ -214,7 +214,8 @@ def load_checkpoint(path_or_hub_id: str | Path, *, revision: str | None = None) 
       InputError: there is no such checkpoint, its architecture is another, its tokenizer does not fit, or tensors are
         missing, surplus, misshapen, of another type or not finite; all such tensors are named in one message.
     """
-    folder, name = Path(path_or_hub_id), Path(path_or_hub_id).resolve().name
+    folder = Path(path_or_hub_id).resolve()
+    name = folder.name
     if not folder.exists() and hub.is_hub_id(str(path_or_hub_id)):
         folder, name = hub.download(str(path_or_hub_id), revision=revision), str(path_or_hub_id).rpartition("/")[2]
     raw_config = _read_config(folder)
@@ -236,9 +237,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json; give the folder that holds the checkpoint's files")
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise InputError(f"{folder / 'config.json'} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / 'config.json'} is no JSON object; take the one that came with the weights")
+    return config
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -325,7 +329,7 @@ def _read_tokenizer(folder: Path, config: ModelConfig, raw_config: Mapping[str, 
             f"{folder}: the tokenizer has token {largest}, the model only {config.vocab_size} embeddings; "
             "give the tokenizer that belongs to the checkpoint"
         )
-    text_config = raw_config.get("text_config", {})
+    text_config = raw_config.get("text_config") or {}
     for kind in ("bos", "eos", "pad"):
         identity = raw_config.get(f"{kind}_token_id", text_config.get(f"{kind}_token_id"))
         if getattr(tokenizer, f"{kind}_token") is None and isinstance(identity, int):
@@ -336,7 +340,16 @@ def _read_tokenizer(folder: Path, config: ModelConfig, raw_config: Mapping[str, 
 def _general_metadata(folder: Path, name: str, config: ModelConfig) -> dict[str, gguf.gguf_writer.GGUFValue]:
     """What llama.cpp's converter reads from the model card and the name, as metadata of a GGUF file."""
     parameters = sum(int(np.prod(shape)) for shape in config.tensor_shapes().values())
-    metadata = gguf.Metadata.load(None, folder, None, parameters)
+    try:
+        metadata = gguf.Metadata.load(None, folder, None, parameters)
+        if folder.name != name:  # a snapshot of the hub lies in a folder named after its commit
+            card, described = gguf.Metadata.load_model_card(folder), gguf.Metadata.load_hf_parameters(folder)
+            named = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), card, described, Path(name), parameters)
+            for key in ("name", "organization", "basename", "finetune", "version", "size_label"):
+                setattr(metadata, key, getattr(named, key))
+    except Exception as error:  # a model card is written by hand, and its YAML fails in many ways
+        print(f"the model card of {name} is left out: {next(iter(str(error).splitlines()), error)}", file=sys.stderr)
+        metadata = gguf.Metadata()
     metadata.name = metadata.name or name
     metadata.size_label = metadata.size_label or gguf.size_label(parameters, parameters, 0, 0)
     writer = gguf.GGUFWriter(None, "qwen35")

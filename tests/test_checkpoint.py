@@ -114,6 +114,17 @@ def test_special_tokens_fall_back_on_the_configuration(tmp_path):
     assert load_checkpoint(tmp_path).tokenizer.eos_token == "<|im_end|>"
 
 
+def test_the_model_card_goes_into_the_metadata(tmp_path, capsys):
+    random_checkpoint.write(tmp_path / "Some-Model-0.5B")
+    (tmp_path / "Some-Model-0.5B" / "README.md").write_text("---\nlicense: apache-2.0\ntags: [a, b]\n---\n# Text\n")
+    general = load_checkpoint(tmp_path / "Some-Model-0.5B").general
+    assert general["general.license"].value == "apache-2.0"
+    assert general["general.tags"].value == ["a", "b"]
+    (tmp_path / "Some-Model-0.5B" / "README.md").write_text("---\nlicense: [\n---\n")
+    assert load_checkpoint(tmp_path / "Some-Model-0.5B").general["general.name"].value == "Some-Model-0.5B"
+    assert "model card of Some-Model-0.5B is left out" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What can be wrong
 
@@ -163,6 +174,8 @@ def test_folder_that_is_no_checkpoint(tmp_path):
     _fails(tmp_path / "absent" / "deeper" / "still", "is no folder")
     (tmp_path / "config.json").write_text("{")
     _fails(tmp_path, "cannot be read")
+    (tmp_path / "config.json").write_text("[]")
+    _fails(tmp_path, "is no JSON object")
 
 
 def test_other_architecture(tmp_path):
@@ -231,6 +244,8 @@ def test_hub_id_is_downloaded_without_pickles(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     checkpoint = load_checkpoint("Qwen/Qwen3.5-0.8B", revision="abc")
     assert checkpoint.name == "Qwen3.5-0.8B"
+    named = {key: checkpoint.general[f"general.{key}"].value for key in ("name", "basename")}
+    assert named == {"name": "Qwen3.5 0.8B", "basename": "Qwen3.5"}
     assert (asked["hub_id"], asked["revision"]) == ("Qwen/Qwen3.5-0.8B", "abc")
     assert {"*.json", "*.safetensors"} <= set(asked["patterns"])
     assert not any("bin" in pattern or pattern == "*" for pattern in asked["patterns"])
