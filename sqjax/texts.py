@@ -151,7 +151,9 @@ def _read_hub(source: str, seed: int | None) -> Iterator[Document]:
         raise
     except Exception as error:  # the client raises dozens of kinds: network, permission, missing names
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"data set {source} cannot be read ({reason}); check the name and the network") from error
+        raise InputError(
+            f"{source} is neither a file here nor a data set that can be read ({reason}); check name and network"
+        ) from error
 
 
 def spoken(message: Mapping) -> Iterator[str]:
