@@ -74,11 +74,11 @@ def _add_dimensions(writer: gguf.GGUFWriter, config: ModelConfig, file_type: ggu
     writer.add_file_type(file_type)
     writer.add_ssm_conv_kernel(config.linear_conv_kernel_dim)
     writer.add_ssm_state_size(config.linear_key_head_dim)
-    writer.add_ssm_group_count(config.linear_num_key_heads)
+    writer.add_uint32(f"{ARCHITECTURE}.ssm.group_count", config.linear_num_key_heads)
     writer.add_ssm_time_step_rank(config.linear_num_value_heads)
     writer.add_ssm_inner_size(config.linear_value_head_dim * config.linear_num_value_heads)
     writer.add_array(f"{ARCHITECTURE}.attention.recurrent_layers", [kind == LINEAR for kind in config.layer_types])
-    writer.add_full_attention_interval(config.full_attention_interval)
+    writer.add_uint32(f"{ARCHITECTURE}.full_attention_interval", config.full_attention_interval)
     writer.add_rope_dimension_count(config.rope_dim)
 
 
