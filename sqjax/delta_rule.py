@@ -152,15 +152,19 @@ def _unit_lower_inverse(lower: Float[Array, "*batch C C"]) -> Float[Array, "*bat
     Stable where the product of powers (I - L)(I + L^2)(I + L^4)... is not: with equal keys those powers grow like
     binomial coefficients and cancel, while every block of the inverse stays bounded.
     """
+    return _inverse_by_halves(lower.reshape(-1, *lower.shape[-2:])).reshape(lower.shape)
+
+
+def _inverse_by_halves(lower: Float[Array, "M C C"]) -> Float[Array, "M C C"]:
     size = lower.shape[-1]
-    if size == 1:
-        return jnp.ones_like(lower)
+    if size <= 2:
+        return jnp.eye(size, dtype=lower.dtype)[None] - lower
     half = size // 2
-    middle = lower[..., half:, :half]
-    top, bottom = _unit_lower_inverse(jnp.stack([lower[..., :half, :half], lower[..., half:, half:]]))
-    corner = -_matmul(bottom, _matmul(middle, top))
-    upper = jnp.concatenate([top, jnp.zeros_like(top)], axis=-1)
-    return jnp.concatenate([upper, jnp.concatenate([corner, bottom], axis=-1)], axis=-2)
+    # Both halves are inverted at once, as one batch twice as long.
+    diagonal = _inverse_by_halves(jnp.concatenate([lower[:, :half, :half], lower[:, half:, half:]]))
+    top, bottom = jnp.split(diagonal, 2)
+    corner = -_matmul(bottom, _matmul(lower[:, half:, :half], top))
+    return jnp.concatenate([jnp.pad(top, ((0, 0), (0, 0), (0, half))), jnp.concatenate([corner, bottom], -1)], -2)
 
 
 @_unit_lower_inverse.defjvp

@@ -144,7 +144,7 @@ class AttentionBlock(Block):
         return self.project("attn_output", out_BTHE.reshape(batch, time, -1), probe, jnp.float32)
 
 
-_BLOCKS = {LINEAR: LinearBlock, FULL: AttentionBlock}
+BLOCKS = {LINEAR: LinearBlock, FULL: AttentionBlock}
 
 
 class Qwen35(nnx.Module):
@@ -185,7 +185,7 @@ class Qwen35(nnx.Module):
             layers = range(position, config.num_hidden_layers, config.period)
             attributes = config.block_shapes(layer_type)
             stacked = {name: load([tensor_name(layer, name) for layer in layers], stack=True) for name in attributes}
-            blocks.append(_BLOCKS[layer_type](config, stacked))
+            blocks.append(BLOCKS[layer_type](config, stacked))
         output = None if config.tie_word_embeddings else load(["output.weight"], stack=False)
         token_embd, output_norm = (load([f"{name}.weight"], stack=False) for name in ("token_embd", "output_norm"))
         return cls(config, token_embd, blocks, output_norm, output)
