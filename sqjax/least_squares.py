@@ -136,11 +136,11 @@ def fit(x_NGS: Array, importance_NGS: Array, codes_NGS: Array, grid: Grid, round
     return jax.lax.fori_loop(0, rounds, step, (error, grid))[1]
 
 
-def _grid(q: Q4K) -> Grid:
+def grid_of(q: Q4K) -> Grid:
     return Grid(*(a.astype(jnp.float32).T for a in (q.d_OS, q.dmin_OS, q.scales_OSG, q.mins_OSG)))
 
 
-def _on_grid(grid: Grid, codes_OSGN: Array) -> Q4K:
+def on_grid(grid: Grid, codes_OSGN: Array) -> Q4K:
     d, dmin = (a.T.astype(jnp.float16) for a in (grid.d, grid.dmin))
     return Q4K(d, dmin, grid.scales.T.astype(jnp.uint8), grid.mins.T.astype(jnp.uint8), codes_OSGN)
 
@@ -162,8 +162,8 @@ def least_squares_scales(
     def row(leaves: tuple[Array, Array, Q4K]) -> Q4K:
         *rows, q = leaves
         x_NGS, importance_NGS = (a.astype(jnp.float32).reshape(-1, SUB_BLOCKS, SUB_BLOCK).T for a in rows)
-        grid = fit(x_NGS, importance_NGS, q.codes_OSGN.T.astype(jnp.float32), _grid(q), rounds)
-        return _on_grid(grid, q.codes_OSGN)
+        grid = fit(x_NGS, importance_NGS, q.codes_OSGN.T.astype(jnp.float32), grid_of(q), rounds)
+        return on_grid(grid, q.codes_OSGN)
 
     importance_OI = jnp.broadcast_to(importance_I, weight_OI.shape)
     return jax.lax.map(row, (weight_OI, importance_OI, q), batch_size=_ROWS)
@@ -180,7 +180,7 @@ def _fit_super_block(residual_I: Array, leaves: tuple[Array, Q4K], gram_II: Arra
     start = index * SUPER_BLOCK
     rows_BI = jax.lax.dynamic_slice_in_dim(gram_II, start, SUPER_BLOCK)
     gram_BB = jax.lax.dynamic_slice_in_dim(rows_BI, start, SUPER_BLOCK, 1)
-    d, dmin, scales_G, mins_G = _grid(q)
+    d, dmin, scales_G, mins_G = grid_of(q)
     codes_GN = q.codes_OSGN.astype(jnp.float32)
 
     def sub_block(residual_I: Array, leaves: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
@@ -200,7 +200,7 @@ def _fit_super_block(residual_I: Array, leaves: tuple[Array, Q4K], gram_II: Arra
     basis = jnp.stack([(scales_G[:, None] * codes_GN).ravel(), -mins_GN.ravel()])
     new_d, new_dmin = _better_steps(_form(here_B, gram_BB, basis), d, dmin)
     residual_I += _matmul((new_d - d) * basis[0] + (new_dmin - dmin) * basis[1], rows_BI)
-    return residual_I, _on_grid(Grid(new_d, new_dmin, scales_G, mins_G), q.codes_OSGN)
+    return residual_I, on_grid(Grid(new_d, new_dmin, scales_G, mins_G), q.codes_OSGN)
 
 
 @functools.partial(jax.jit, static_argnames="sweeps")

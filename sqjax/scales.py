@@ -8,7 +8,9 @@ Source: make_qkx2_quants, make_qkx3_quants, make_qp_quants, quantize_row_q4_K_re
 ggml/src/ggml-quants.c of llama.cpp.
 """
 
+import concurrent.futures
 import functools
+import os
 from collections.abc import Callable
 
 import jax
@@ -18,6 +20,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import quantize as gguf_quantize
 from jaxtyping import Array, Float, UInt8
 
+from sqjax.least_squares import Grid, fit, grid_of, half, on_grid
 from sqjax.q4_k import MAX_CODE, MAX_SCALE, Q4K, SUB_BLOCK, SUB_BLOCKS, SUPER_BLOCK
 
 # Super-blocks that are searched at once: one compilation for all matrices, and temporaries of a few megabytes.
@@ -127,6 +130,7 @@ _IMPORTANCE_NUMERATORS = _numerators(-0.9, 0.05, 37)
 _SIX_BIT_NUMERATORS = np.float32(0.1) * np.float32([0, -4, -3, -2, -1, 1, 2, 3, 4]) + np.float32(MAX_SCALE)
 # Below this llama.cpp takes a group of values for zeros.
 _NOTHING = np.float32(1e-15)
+_LEAST_SHARE = np.float32(1e-5)
 
 
 def _six_bits(values_GS: Array) -> tuple[Array, Array]:
@@ -189,15 +193,23 @@ def _finish(x_NGS: Array, codes_NGS: Array, steps_S: tuple[Array, Array], sixes_
     return Q4K(d_S, dmin_S, *(a.T.astype(jnp.uint8) for a in (scales_GS, mins_GS, codes_NGS)))
 
 
-def _to_lanes(array_SI: Array) -> Array:
+def _lanes(weight_SI: Array) -> Array:
     # Beyond the reach of the format nothing but the largest step can stand, and sums of squares would overflow.
-    array_SI = jnp.clip(array_SI.astype(jnp.float32), -_REACH, _REACH)
-    return array_SI.reshape(-1, SUB_BLOCKS, SUB_BLOCK).T
+    return jnp.clip(weight_SI, -_REACH, _REACH).reshape(-1, SUB_BLOCKS, SUB_BLOCK).T
+
+
+def _importance_lanes(importance_SI: Array) -> Array:
+    """Returns the importance divided by a power of two for each super-block.
+
+    Sums scale exactly and choices stay, except where the third powers that C compares leave the range of float32.
+    """
+    _, exponent_S = jnp.frexp(importance_SI.max(1))
+    return jnp.ldexp(importance_SI, -exponent_S[:, None]).reshape(-1, SUB_BLOCKS, SUB_BLOCK).T
 
 
 @jax.jit
 def _plain(weight_SI: Array) -> Q4K:
-    x_NGS = _to_lanes(weight_SI)
+    x_NGS = _lanes(weight_SI)
     importance_NGS = jnp.sqrt(_sum_of_squares(x_NGS) / SUB_BLOCK)[None] + jnp.abs(x_NGS)
     scale_GS, min_GS, codes_NGS = _search_sub_blocks(x_NGS, importance_NGS, _PLAIN_NUMERATORS)
     (d_S, scales_GS), (dmin_S, mins_GS) = _six_bits(scale_GS), _six_bits(min_GS)
@@ -206,7 +218,7 @@ def _plain(weight_SI: Array) -> Q4K:
 
 @jax.jit
 def _with_importance(weight_SI: Array, importance_SI: Array) -> Q4K:
-    x_NGS, importance_NGS = _to_lanes(weight_SI), _to_lanes(importance_SI)
+    x_NGS, importance_NGS = _lanes(weight_SI), _importance_lanes(importance_SI)
     x_IS = x_NGS.swapaxes(0, 1).reshape(SUPER_BLOCK, -1)
     variance_S = 2 * _sum_of_squares(x_IS) / SUPER_BLOCK
     importance_NGS = importance_NGS * jnp.sqrt(variance_S[None, None] + _rounded(x_NGS * x_NGS))
@@ -227,12 +239,18 @@ def _in_chunks(function: Callable[..., Q4K], *arrays_SI: np.ndarray) -> Q4K:
         *(np.empty((count, SUB_BLOCKS), np.uint8) for _ in range(2)),
         np.empty((count, SUB_BLOCKS, SUB_BLOCK), np.uint8),
     )
-    for start in range(0, count, CHUNK):
+
+    def convert(start: int) -> None:
         here = min(CHUNK, count - start)
         chunk = [a.take(range(start, start + here), axis=0, mode="wrap").astype(np.float32) for a in arrays_SI]
         part = function(*(np.pad(a, ((0, CHUNK - here), (0, 0))) for a in chunk))
         for whole, new in zip(jax.tree.leaves(result), jax.tree.leaves(part)):
             whole[start : start + here] = np.asarray(new)[:here]
+
+    # One alone, which compiles; a search occupies one core of a host, so that as many run at once as there are.
+    convert(0)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(convert, range(CHUNK, count, CHUNK)))
     return result
 
 
@@ -243,7 +261,7 @@ def _super_blocks(weight_OI: np.ndarray) -> np.ndarray:
 
 
 def _importance_blocks(weight_OI: np.ndarray, importance_I: np.ndarray) -> np.ndarray:
-    if importance_I.shape != weight_OI.shape[1:]:
+    if importance_I.shape not in (weight_OI.shape, weight_OI.shape[1:]):
         raise ValueError(f"importance of shape {importance_I.shape} for a matrix of shape {weight_OI.shape}")
     return np.asarray(importance_I).reshape(-1, SUPER_BLOCK)
 
@@ -280,3 +298,152 @@ def round_with_importance(
 def round_q5_0(weight_OI: Float[np.ndarray, "O I"]) -> UInt8[np.ndarray, "O B"]:
     """Returns the packed Q5_0 rows that stand in for Q4_K where a row is a multiple of 32 but not of 256 long."""
     return gguf_quantize(np.asarray(weight_OI, np.float32), GGMLQuantizationType.Q5_0)
+
+
+# The search: starting points of step and offset, as shares of the sub-block's span; d and dmin tried per super-block,
+# by what the largest scale or min becomes; how many d are paired with every dmin; moves of a scale and its min.
+_SPAN_SHARES = np.array([(u, v) for v in (-0.2, 0.3, 1.0) for u in np.linspace(0.7, 1.05, 12)], np.float32)
+_LARGEST_SIX_BITS = np.linspace(32, 64, 64, dtype=np.float32)
+_PAIRED = 4
+_NEIGHBOURS = np.array([(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)], np.float32)
+
+
+def _least(candidates: tuple[Array, ...], best: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Takes, element by element, the tuple whose last entry is smaller."""
+    return tuple(jnp.where(candidates[-1] < best[-1], new, old) for new, old in zip(candidates, best))
+
+
+def _best_steps_and_offsets(xs: list[Array], ws: list[Array]) -> tuple[Array, Array]:
+    """Returns the real step and offset (>= 0) of every sub-block that the best of many starting points leads to.
+
+    Every start is refitted to its nearest codes twice (Lloyd's algorithm).
+    """
+    low = jnp.minimum(functools.reduce(jnp.minimum, xs), 0)
+    span = jnp.maximum(functools.reduce(jnp.maximum, xs) - low, _NOTHING)
+    sum_w, sum_x = _ordered_sum(ws), _ordered_sum([w * x for w, x in zip(ws, xs)])
+    sums, error = functools.partial(_code_sums, xs, ws), functools.partial(_code_error, xs, ws)
+
+    def attempt(best: tuple[Array, ...], shares: Array) -> tuple[tuple[Array, ...], None]:
+        always = shares[0] > 0
+        scale = span * shares[0] / MAX_CODE
+        offset = jnp.minimum(low + shares[1] * scale, 0)
+
+        def refit(_: int, state: tuple[Array, Array]) -> tuple[Array, Array]:
+            fitted = _regress(sum_w, sum_x, _apart(always, sums, 1 / state[0], state[1]))
+            sound = (fitted[2] > 0) & (fitted[0] > 0)
+            return tuple(jnp.where(sound, new, old) for new, old in zip(fitted, state))
+
+        scale, offset = jax.lax.fori_loop(0, 2, refit, (scale, offset))
+        now = _apart(always, error, scale, offset, 1 / scale, offset)
+        return _least((scale, -offset, now), best), None
+
+    start = (span / MAX_CODE, -low, jnp.full_like(low, jnp.inf))
+    return jax.lax.scan(attempt, start, jnp.asarray(_SPAN_SHARES))[0][:2]
+
+
+def _choose_grid(steps_GS: Array, offsets_GS: Array, sums: tuple[Array, ...]) -> Grid:
+    """Returns the grid that comes nearest to real steps and offsets in the metric of the sums of their codes.
+
+    For every d the scales are the nearest and the offsets follow (a parabola); the best few d are then paired with
+    every dmin.
+    """
+    sum_w, sum_l, sum_l2 = sums
+
+    def scales_of(d_S: Array) -> tuple[Array, Array, Array]:
+        scales_GS = jnp.clip(jnp.round(steps_GS / _safe(d_S)[None]), 0, MAX_SCALE)
+        u_GS = scales_GS * d_S[None] - steps_GS
+        return scales_GS, u_GS, jnp.maximum(sum_l * u_GS / _safe(sum_w), -offsets_GS)
+
+    def change(u_GS: Array, v_GS: Array) -> Array:
+        return (sum_l2 * u_GS * u_GS - 2 * sum_l * u_GS * v_GS + sum_w * v_GS * v_GS).sum(0)
+
+    def with_dmin(d_S: Array, dmin_S: Array) -> tuple[Array, ...]:
+        scales_GS, u_GS, v_GS = scales_of(d_S)
+        mins_GS = jnp.clip(jnp.round((offsets_GS + v_GS) / _safe(dmin_S)[None]), 0, MAX_SCALE)
+        now_S = change(u_GS, mins_GS * dmin_S[None] - offsets_GS)
+        return d_S, dmin_S, scales_GS, mins_GS, now_S
+
+    shares = jnp.asarray(1 / _LARGEST_SIX_BITS)[:, None]
+    d_CS, dmin_CS = (half(shares * a.max(0)[None]) for a in (steps_GS, offsets_GS))
+    change_CS = jax.lax.map(lambda d_S: change(*scales_of(d_S)[1:]), d_CS)
+    best_SC = jax.lax.top_k(-change_CS.T, _PAIRED)[1]
+    paired_CS = jnp.take_along_axis(d_CS, best_SC.T, 0)
+    pairs = (jnp.repeat(paired_CS, len(dmin_CS), 0), jnp.tile(dmin_CS, (_PAIRED, 1)))
+
+    def attempt(best: tuple[Array, ...], pair: tuple[Array, Array]) -> tuple[tuple[Array, ...], None]:
+        return _least(with_dmin(*pair), best), None
+
+    first = with_dmin(pairs[0][0], pairs[1][0])
+    return Grid(*jax.lax.scan(attempt, first, pairs)[0][:4])
+
+
+def _grid_error(xs: list[Array], ws: list[Array], grid: Grid) -> Array:
+    step_GS, offset_GS = grid.steps()
+    return _code_error(xs, ws, step_GS, -offset_GS, 1 / jnp.where(step_GS > 0, step_GS, jnp.inf), -offset_GS)
+
+
+def _grid_codes(xs: list[Array], grid: Grid) -> Array:
+    step_GS, offset_GS = grid.steps()
+    inverse_GS = 1 / jnp.where(step_GS > 0, step_GS, jnp.inf)
+    return jnp.stack([_nearest_code(inverse_GS, x, -offset_GS) for x in xs])
+
+
+def _visit_neighbours(xs: list[Array], ws: list[Array], grid: Grid) -> Grid:
+    """Returns the grid whose scales and mins are the best of themselves and their neighbours, with nearest codes."""
+
+    def attempt(best: tuple[Array, ...], move: Array) -> tuple[tuple[Array, ...], None]:
+        scales, mins = (jnp.clip(a + by, 0, MAX_SCALE) for a, by in zip((grid.scales, grid.mins), move))
+        now = _apart(move[0] < 2, functools.partial(_grid_error, xs, ws), grid._replace(scales=scales, mins=mins))
+        return _least((scales, mins, now), best), None
+
+    start = (grid.scales, grid.mins, jnp.full_like(grid.mins, jnp.inf))
+    scales, mins, _ = jax.lax.scan(attempt, start, jnp.asarray(_NEIGHBOURS))[0]
+    return grid._replace(scales=scales, mins=mins)
+
+
+@jax.jit
+def _improve_on(llama_cpp: Q4K, weight_SI: Array, importance_SI: Array) -> Q4K:
+    x_NGS, importance_NGS = _lanes(weight_SI), _importance_lanes(importance_SI)
+    share_S = importance_NGS.mean((0, 1)) * _LEAST_SHARE
+    # A share of the mean keeps weights without importance, which the calibration never met, on a sensible grid.
+    weight_NGS = importance_NGS + jnp.where(share_S > 0, share_S, jnp.float32(1))[None, None]
+    xs, ws = list(x_NGS), list(weight_NGS)
+    steps_GS, offsets_GS = _best_steps_and_offsets(xs, ws)
+    sum_l, sum_l2, _ = _code_sums(xs, ws, 1 / steps_GS, -offsets_GS)
+    grid = _choose_grid(steps_GS, offsets_GS, (weight_NGS.sum(0), sum_l, sum_l2))
+
+    def improve(_: int, grid: Grid) -> Grid:
+        grid = _visit_neighbours(xs, ws, grid)
+        return fit(x_NGS, weight_NGS, _grid_codes(xs, grid), grid, rounds=2)
+
+    grid = jax.lax.fori_loop(0, 2, improve, grid)
+    # llama.cpp's own grid stands wherever it is better under the importance as it was given.
+    theirs = grid_of(llama_cpp)
+    exact_error = functools.partial(_grid_error, xs, list(importance_NGS))
+    error_2GS = jax.lax.map(exact_error, jax.tree.map(lambda *a: jnp.stack(a), grid, theirs))
+    worse_S = error_2GS[1].sum(0) < error_2GS[0].sum(0)
+    grid = jax.tree.map(lambda new, old: jnp.where(worse_S, old, new), grid, theirs)
+    return on_grid(grid, _grid_codes(xs, grid).T.astype(jnp.uint8))
+
+
+def _search(weight_SI: Array, importance_SI: Array) -> Q4K:
+    return _improve_on(_with_importance(weight_SI, importance_SI), weight_SI, importance_SI)
+
+
+def search(weight_OI: Float[Array | np.ndarray, "O I"], importance_I: Float[Array | np.ndarray, "*O I"]) -> Q4K:
+    """Returns, as numpy leaves, a Q4_K matrix of small importance-weighted squared error, below llama.cpp's everywhere.
+
+    Finds the real step and offset of every sub-block, then the d and dmin that stand for all eight, then alternates
+    between neighbouring scales and mins, nearest codes and least squares. The codes are the nearest ones, so that the
+    grid alone is the result; error feedback may choose other codes on it.
+
+    Args:
+      weight_OI: the matrix.
+      importance_I: non-negative weight of every squared error, by column or by weight; only ratios within a super-block
+        matter.
+
+    Raises:
+      ValueError: the rows are not a multiple of 256 long, or the importance has another shape.
+    """
+    blocks = _super_blocks(weight_OI), _importance_blocks(weight_OI, importance_I)
+    return _as_matrix(_in_chunks(_search, *blocks), weight_OI.shape[0])
