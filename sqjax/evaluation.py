@@ -6,6 +6,7 @@ R bootstrap draws. Losses and divergences are in nats per token.
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -79,6 +80,9 @@ def prepare(texts: Texts, tokenizer: Tokenizer, length: int, windows: int | None
             documents.append(document)
     if not tokens:
         raise InputError("the text holds no token that can be scored; give more text")
+    unread = [str(file) for file in texts.files if str(file) not in {document.source for document in documents}]
+    if unread and windows is not None:
+        print(f"not scored, because {windows} windows were asked for: {', '.join(unread)}", file=sys.stderr)
     return Sequences(tuple(tokens), tuple(domains), tuple(roles), tuple(documents))
 
 

@@ -151,6 +151,15 @@ def test_texts_and_conversations_are_prepared_apart(checkpoint, tmp_path):
         evaluation.prepare(read_texts([mixed]), checkpoint.tokenizer, 256)
 
 
+def test_a_text_that_no_window_reaches_is_named(checkpoint, tmp_path, capsys):
+    (tmp_path / "late.txt").write_text("never reached")
+    texts = read_texts([PACKAGE / "suites/demo.txt", tmp_path / "late.txt"])
+    assert len(evaluation.prepare(texts, checkpoint.tokenizer, 256, 2).documents) == 1
+    assert "late.txt" in capsys.readouterr().err
+    evaluation.prepare(texts, checkpoint.tokenizer, 256)
+    assert capsys.readouterr().err == ""
+
+
 # Aggregates ------------------------------------------------------------------------------------------------------
 
 

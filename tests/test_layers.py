@@ -7,7 +7,7 @@ import sqjax
 
 LAYERS = """
 run
-config q4_k delta_rule texts
+config q4_k delta_rule texts settings
 least_squares
 tokens scales objective hub
 rounding equalize
@@ -16,7 +16,7 @@ gguf_metadata
 gguf_file
 model
 statistics evaluation
-runtime
+calibration runtime
 quantize refine
 report
 pipeline
