@@ -426,7 +426,8 @@ def _improve_on(llama_cpp: Q4K, weight_SI: Array, importance_SI: Array) -> Q4K:
     return on_grid(grid, _grid_codes(xs, grid).T.astype(jnp.uint8))
 
 
-def _search(weight_SI: Array, importance_SI: Array) -> Q4K:
+def search_super_blocks(weight_SI: Float[Array, "S 256"], importance_SI: Float[Array, "S 256"]) -> Q4K:
+    """Searches, on the device, as `search` does; a row is a super-block and the leaves of the result start with S."""
     return _improve_on(_with_importance(weight_SI, importance_SI), weight_SI, importance_SI)
 
 
@@ -446,4 +447,4 @@ def search(weight_OI: Float[Array | np.ndarray, "O I"], importance_I: Float[Arra
       ValueError: the rows are not a multiple of 256 long, or the importance has another shape.
     """
     blocks = _super_blocks(weight_OI), _importance_blocks(weight_OI, importance_I)
-    return _as_matrix(_in_chunks(_search, *blocks), weight_OI.shape[0])
+    return _as_matrix(_in_chunks(search_super_blocks, *blocks), weight_OI.shape[0])

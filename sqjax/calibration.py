@@ -1,0 +1,251 @@
+"""Calibration: text in, a folder of statistics out; interrupted runs go on where they stopped, to the same bits.
+
+Letters: W windows, B windows of a batch, T tokens of a window, I in features, O out features.
+
+A folder holds `statistics.safetensors` (the Grams), `statistics.json` (what they were measured on) and, until it is
+complete, `partial/` (the sums so far, by Orbax).
+"""
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jaxtyping import Float32, Int32
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from sqjax.config import ModelConfig, is_matrix
+from sqjax.model import Qwen35
+from sqjax.run import InputError, atomic_path
+from sqjax.statistics import Statistics, Sums, accumulate, empty, input_name, means
+from sqjax.texts import Texts
+from sqjax.tokens import Tokenizer, encode_conversation, pack_windows
+
+PADDING = -1
+_SINGLE = ("head_gram_DD", "head_weight_V", "lookup_gram_DD", "lookup_frequency_V")
+
+
+def calibration_windows(texts: Texts, tokenizer: Tokenizer, length: int, tokens: int) -> Int32[np.ndarray, "W T"]:
+    """Returns about `tokens` tokens of text: packed windows, and conversations one by one, padded with -1.
+
+    Texts and conversations share the budget in proportion to the number of their sources. A conversation longer than a
+    window is cut.
+
+    Raises:
+      InputError: the text does not fill one window.
+    """
+    plain, spoken = texts.by_kind()
+    share = len(plain.files) / max(len(texts.files), 1)
+    rows = []
+    if plain.files:
+        windows = max(1, round(share * tokens / length))
+        rows.append(pack_windows(plain, tokenizer, length, windows).tokens_WT)
+    budget = (1.0 - share) * tokens
+    for document in spoken:
+        if budget <= 0:
+            break
+        piece = encode_conversation(document, tokenizer).tokens_T[:length]
+        budget -= len(piece)
+        rows.append(np.pad(piece, (0, length - len(piece)), constant_values=PADDING)[None])
+    if not rows:
+        raise InputError("the calibration text is empty; give --text with something to read")
+    return np.concatenate(rows).astype(np.int32)
+
+
+def collect(
+    model: Qwen35,
+    windows_WT: Int32[np.ndarray, "W T"],
+    *,
+    folder: Path | None = None,
+    batch: int = 8,
+    seed: int = 0,
+    save_every: int = 32,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Sums:
+    """Sums Grams over windows, sharded over all devices along the batch.
+
+    With a `folder`, sums are checkpointed every `save_every` batches and a run that was interrupted is resumed: labels
+    depend on the seed and the number of the batch alone, so that the bits are those of an uninterrupted run.
+    """
+    devices = jax.devices()
+    batch = -(-batch // len(devices)) * len(devices)
+    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    by_row = jax.sharding.NamedSharding(mesh, jax.P("data"))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.P())
+    model, sums = jax.device_put((model, empty(model)), everywhere)
+    total = -(-len(windows_WT) // batch)
+    with _partial_sums(folder, save_every) as manager:
+        first = 0
+        if manager is not None and (first := manager.latest_step() or 0):
+            leaves, structure = jax.tree.flatten(sums)
+            target = ocp.args.StandardRestore([jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves])
+            sums = jax.device_put(structure.unflatten(manager.restore(first, args=target)), everywhere)
+        key = jax.random.key(seed)
+        for index in range(first, total):
+            rows = windows_WT[index * batch : (index + 1) * batch]
+            # The last batch is filled up with padding, so that one program serves all.
+            rows = np.pad(rows, ((0, batch - len(rows)), (0, 0)), constant_values=PADDING)
+            mask = (rows != PADDING).astype(np.float32)
+            tokens_BT, mask_BT = jax.device_put((np.maximum(rows, 0), mask), by_row)
+            sums = accumulate(model, sums, tokens_BT, mask_BT, jax.random.fold_in(key, index))
+            if manager is not None and (index + 1) % save_every == 0:
+                manager.save(index + 1, args=ocp.args.StandardSave(jax.tree.leaves(sums)))
+                manager.wait_until_finished()
+            progress(index + 1, total)
+    return sums
+
+
+@contextlib.contextmanager
+def _partial_sums(folder: Path | None, save_every: int) -> Iterator[ocp.CheckpointManager | None]:
+    if folder is None:
+        yield None
+        return
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
+    with ocp.CheckpointManager((folder / "partial").absolute(), options=options) as manager:
+        yield manager
+
+
+def calibrate(
+    config: ModelConfig,
+    model: Qwen35,
+    windows_WT: Int32[np.ndarray, "W T"],
+    folder: Path,
+    *,
+    about: Mapping[str, Any],
+    batch: int = 8,
+    seed: int = 0,
+    save_every: int = 32,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Statistics:
+    """Measures statistics into a folder, or goes on with an interrupted run of the same settings.
+
+    Raises:
+      InputError: the folder holds a run of another model, text or seed.
+    """
+    identity = dict(about) | {"seed": seed, "batch": batch, "windows_sha256": digest(windows_WT)}
+    _claim(folder, identity)
+    sums = collect(model, windows_WT, folder=folder, batch=batch, seed=seed, save_every=save_every, progress=progress)
+    statistics = means(config, sums, windows_WT)
+    save(folder, statistics, identity)
+    shutil.rmtree(folder / "partial", ignore_errors=True)
+    (folder / "run.json").unlink(missing_ok=True)
+    return statistics
+
+
+def digest(windows_WT: Int32[np.ndarray, "W T"]) -> str:
+    """Returns the SHA-256 of windows of tokens."""
+    return hashlib.sha256(np.ascontiguousarray(windows_WT, "<i4").tobytes()).hexdigest()
+
+
+def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Writes what a run is made of, or checks that the run to be resumed is made of the same."""
+    record = folder / "run.json"
+    text = json.dumps(identity, indent=1, sort_keys=True)
+    if not record.exists():
+        with atomic_path(record) as path:
+            path.write_text(text)
+        shutil.rmtree(folder / "partial", ignore_errors=True)
+    elif record.read_text() != text:
+        raise InputError(f"{folder} holds an unfinished run with other settings; choose another folder or remove it")
+
+
+# ---- files
+
+
+def save(folder: Path, statistics: Statistics, about: Mapping[str, Any]) -> None:
+    """Writes statistics into a folder, the record of what they were measured on last."""
+    arrays = {f"input/{name}": gram for name, gram in statistics.inputs.items()}
+    arrays |= {f"output/{name}": gram for name, gram in statistics.outputs.items()}
+    arrays |= {name: getattr(statistics, name) for name in _SINGLE}
+    arrays = {name: np.ascontiguousarray(jax.device_get(array)) for name, array in arrays.items()}
+    with atomic_path(folder / "statistics.safetensors") as path:
+        save_file(arrays | {"windows_WT": statistics.windows_WT.astype(np.int32)}, path)
+    with atomic_path(folder / "statistics.json") as path:
+        path.write_text(json.dumps(dict(about) | {"tokens": statistics.tokens}, indent=1, sort_keys=True))
+
+
+def load(folder: str | Path) -> tuple[Statistics, dict[str, Any]]:
+    """Reads statistics and the record of what they were measured on.
+
+    Raises:
+      InputError: the folder holds no complete statistics.
+    """
+    folder = Path(folder)
+    try:
+        about = json.loads((folder / "statistics.json").read_text())
+        with safe_open(folder / "statistics.safetensors", framework="numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, a safetensors file is no dict
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{folder} holds no complete statistics ({error}); make them with sqjax calibrate") from error
+    under = lambda kind: {  # noqa: E731
+        name.removeprefix(kind): jnp.asarray(array) for name, array in arrays.items() if name.startswith(kind)
+    }
+    single = {name: jnp.asarray(arrays[name]) for name in _SINGLE}
+    statistics = Statistics(
+        inputs=under("input/"),
+        outputs=under("output/"),
+        tokens=int(about["tokens"]),
+        windows_WT=arrays["windows_WT"],
+        **single,
+    )
+    return statistics, about
+
+
+def check_model(statistics: Statistics, config: ModelConfig) -> None:
+    """Raises InputError unless every matrix of the model has statistics of its shape."""
+    for name, shape in config.tensor_shapes().items():
+        if not name.startswith("blk.") or not is_matrix(name, shape):
+            continue
+        found = [
+            grams[key].shape[0] if key in grams else None
+            for grams, key in ((statistics.outputs, name), (statistics.inputs, input_name(name)))
+        ]
+        if tuple(found) != shape:
+            raise InputError(f"the statistics of {name} are for shape {found}, not {shape}: they are of another model")
+
+
+def write_imatrix(path: str | Path, statistics: Statistics, config: ModelConfig, source: str) -> None:
+    """Writes the diagonals of the input Grams as an importance matrix in llama.cpp's GGUF format."""
+    with atomic_path(path) as temporary:
+        writer = gguf.GGUFWriter(temporary, arch="")
+        writer.add_type("imatrix")
+        writer.add_array("imatrix.datasets", [source])
+        writer.add_uint32("imatrix.chunk_count", len(statistics.windows_WT))
+        writer.add_uint32("imatrix.chunk_size", statistics.windows_WT.shape[1])
+        for name, shape in config.tensor_shapes().items():
+            if name.startswith("blk.") and is_matrix(name, shape):
+                mean_I = np.diagonal(np.asarray(statistics.input_gram(name))).astype(np.float32)
+                writer.add_tensor(f"{name}.in_sum2", (mean_I * np.float32(statistics.tokens))[None])
+                writer.add_tensor(f"{name}.counts", np.full((1, 1), statistics.tokens, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def read_imatrix(path: str | Path) -> dict[str, Float32[np.ndarray, "I"]]:
+    """Reads an importance matrix in llama.cpp's GGUF format: the mean square of each input of each matrix.
+
+    Raises:
+      InputError: the file is none.
+    """
+    try:
+        tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is no importance matrix in GGUF format: {error}") from error
+    sums = {name.removesuffix(".in_sum2"): data for name, data in tensors.items() if name.endswith(".in_sum2")}
+    if not sums:
+        raise InputError(f"{path} holds no importance matrix; give a GGUF file written by llama-imatrix")
+    return {
+        name: (data.reshape(-1) / np.maximum(tensors[f"{name}.counts"].reshape(-1)[0], 1.0)).astype(np.float32)
+        for name, data in sums.items()
+    }

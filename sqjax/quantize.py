@@ -1,0 +1,386 @@
+"""A model rounded to Q4_K, matrix by matrix, under a recipe.
+
+Letters: B batch, T time, W windows, D model width, V vocabulary, O out features, I in features.
+
+    tensors, statistics -> equalize -> per matrix: Problem -> steps -> Q4K
+
+A matrix's problem is its weight and its two shaped Grams. With `sequential` the Grams of its input are measured again
+on the partly quantized model x^ and the target becomes the matrix that best maps x^ to what the original gives on x.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from sqjax import rounding
+from sqjax.config import FULL, LINEAR, ModelConfig, is_matrix, tensor_name
+from sqjax.equalize import equalizing_scale
+from sqjax.model import Block, Qwen35
+from sqjax.objective import Problem, conditional_variance, damp, matmul, shape_gram, truncate_gram
+from sqjax.q4_k import Q4K, SUPER_BLOCK, dequantize
+from sqjax.run import InputError
+from sqjax.statistics import Statistics
+
+# Matrices of a block in the order in which their inputs arise; those of one tuple read the same input.
+STAGES = {
+    LINEAR: (("attn_qkv", "attn_gate", "ssm_alpha", "ssm_beta"), ("ssm_out",), ("ffn_gate", "ffn_up"), ("ffn_down",)),
+    FULL: (("attn_q", "attn_k", "attn_v"), ("attn_output",), ("ffn_gate", "ffn_up"), ("ffn_down",)),
+}
+
+Step = Callable[[Problem, Q4K | None], Q4K]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How codes and scales are chosen; every field can be set in a recipe's TOML file.
+
+    Attributes:
+      steps: names of the steps, in order: `nearest`, `importance`, `search`, `feedback`, `two_sided_feedback`,
+        `descend_codes`, `descend_scales`.
+      embedding_steps: the same for the embedding and the output matrix; empty means `steps`.
+      sweeps: sweeps of each descent.
+      equalize: fold channel scales into norm gains and neighbouring rows first.
+      gamma_in, gamma_out: shaping strengths, the powers of the eigenvalues of the input and output Grams; 0 takes the
+        identity.
+      damping_in, damping_out: added to the eigenvalues, in units of their mean.
+      rank_in, rank_out: eigenvalues that are kept, the others being replaced by their mean; 0 keeps all.
+      sequential: measure inputs again on the partly quantized model, and match what the original gives. Costs four more
+        passes of every block, of the original and of the quantized model, over `sequential_windows`.
+      sequential_windows: calibration windows that sequential rounding reads.
+      correction_damping: ridge of the regression that finds the matched target, in units of the mean eigenvalue.
+    """
+
+    steps: tuple[str, ...]
+    embedding_steps: tuple[str, ...] = ()
+    sweeps: int = 2
+    equalize: bool = False
+    gamma_in: float = 1.0
+    gamma_out: float = 0.0
+    damping_in: float = 0.01
+    damping_out: float = 0.01
+    rank_in: int = 0
+    rank_out: int = 0
+    sequential: bool = False
+    sequential_windows: int = 1024
+    correction_damping: float = 0.01
+
+    def __post_init__(self):
+        for name in (*self.steps, *self.embedding_steps):
+            if name not in STEPS:
+                raise InputError(f"a recipe has no step {name!r}; the steps are {', '.join(STEPS)}")
+        for names in (self.steps, self.embedding_steps or self.steps):
+            if not names or names[0].startswith(("descend", "two_sided")):
+                raise InputError("a recipe starts with nearest, importance, search or feedback")
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether any step looks at the Grams."""
+        return set((*self.steps, *self.embedding_steps)) != {"nearest"}
+
+
+STEPS: Mapping[str, Step] = {
+    "nearest": lambda problem, _: rounding.to_nearest(problem),
+    "importance": lambda problem, _: rounding.by_importance(problem),
+    "search": lambda problem, _: rounding.search_scales(problem),
+    "feedback": rounding.feedback,
+    "two_sided_feedback": rounding.two_sided_feedback,
+    "descend_codes": rounding.descend_codes,
+    "descend_scales": rounding.descend_scales,
+}
+
+
+def solve(problems: Sequence[Problem], names: Sequence[str], sweeps: int) -> list[Q4K]:
+    """Chains the named steps on problems of one shape, all matrices at once."""
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *problems)
+    solution = None
+    for name in names:
+        if name in ("nearest", "importance"):
+            # These are llama.cpp's bit for bit, by programs of their own that take one matrix.
+            parts = [STEPS[name](problem, None) for problem in problems]
+            solution = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+        elif name in ("search", "feedback"):
+            solution = STEPS[name](stacked, solution)
+        else:
+            options = {"sweeps": sweeps} if name.startswith("descend") else {}
+            solution = jax.vmap(functools.partial(STEPS[name], **options))(stacked, solution)
+    return [jax.tree.map(lambda leaf: leaf[index], solution) for index in range(len(problems))]  # noqa: B023
+
+
+# ---- equalization
+
+
+def equalize(
+    config: ModelConfig, tensors: Mapping[str, Array], statistics: Statistics, damping: float
+) -> tuple[dict[str, Array], Statistics]:
+    """Folds the best channel scales into the four places where they are free; the function stays as it is.
+
+    Per norm (gain / s, columns of its readers * s), per MLP channel (rows of ffn_up / s, columns of ffn_down * s), per
+    value-head channel (ssm_norm / s, columns of ssm_out * s) and per value channel (rows of attn_v / s, columns of
+    attn_output * s). Returns the scaled tensors and the statistics that they would have given.
+    """
+    tensors, inputs, outputs = dict(tensors), dict(statistics.inputs), dict(statistics.outputs)
+    for layer, kind in enumerate(config.layer_types):
+        name = functools.partial(tensor_name, layer)
+        for attributes in STAGES[kind]:
+            names = [name(attribute) for attribute in attributes]
+            gram_II = inputs[names[0]]
+            readers = [(tensors[n].astype(jnp.float32), jnp.diagonal(outputs[n])) for n in names]
+            source, tie_I = _scale_source(config, attributes[0])
+            cost_I = conditional_variance(damp(gram_II, damping))
+            scale_I = equalizing_scale(readers, cost_I, jnp.asarray(tie_I))
+            inputs[names[0]] = gram_II / (scale_I[:, None] * scale_I[None, :])
+            for n, (weight_OI, _) in zip(names, readers):
+                tensors[n] = weight_OI * scale_I[None, :]
+            # One column of each tie stands for all of them.
+            _, first = np.unique(tie_I, return_index=True)
+            inverse = 1.0 / scale_I[first]
+            writer = name(source)
+            if writer in outputs:
+                tensors[writer] = tensors[writer].astype(jnp.float32) * inverse[:, None]
+                outputs[writer] = outputs[writer] / (inverse[:, None] * inverse[None, :])
+            else:
+                tensors[writer] = tensors[writer] * inverse
+    return tensors, dataclasses.replace(statistics, inputs=inputs, outputs=outputs)
+
+
+def _scale_source(config: ModelConfig, reader: str) -> tuple[str, np.ndarray]:
+    """Where the scale of a reader's columns comes from, and which of its channels each column reads."""
+    if reader in ("attn_qkv", "attn_q"):
+        return "attn_norm", np.arange(config.hidden_size)
+    if reader == "ffn_gate":
+        return "post_attention_norm", np.arange(config.hidden_size)
+    if reader == "ffn_down":
+        return "ffn_up", np.arange(config.intermediate_size)
+    if reader == "ssm_out":
+        return "ssm_norm", np.tile(np.arange(config.linear_value_head_dim), config.linear_num_value_heads)
+    heads, key_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    per_key_head = np.arange(key_heads * width).reshape(key_heads, width)
+    return "attn_v", np.repeat(per_key_head, heads // key_heads, axis=0).reshape(-1)
+
+
+# ---- one matrix
+
+
+def shaped_problem(
+    weight_OI: Float[Array, "O I"], gram_in_II: Array, gram_out_OO: Array | None, recipe: Recipe
+) -> Problem:
+    """Returns the rounding problem of a matrix under the recipe's shaping."""
+    gram_in_II = shape_gram(truncate_gram(gram_in_II, recipe.rank_in), recipe.gamma_in, recipe.damping_in)
+    if recipe.gamma_out == 0 or gram_out_OO is None:
+        gram_out_OO = None
+    else:
+        gram_out_OO = shape_gram(truncate_gram(gram_out_OO, recipe.rank_out), recipe.gamma_out, recipe.damping_out)
+    return Problem(weight_OI.astype(jnp.float32), gram_in_II, gram_out_OO)
+
+
+def round_table(
+    weight_VD: Float[Array, "V D"],
+    roles: Sequence[tuple[Float[Array, " V"], Float[Array, "D D"]]],
+    recipe: Recipe,
+    buckets: int = 16,
+) -> Q4K:
+    """Rounds a matrix whose rows cost differently in several roles: row v errs by e and costs sum_r w_rv e^T M_r e.
+
+    The tied embedding has two: as the head, with the Gram of final hidden states and the softmax's weight; as the
+    table, with the Gram of gradients and the token's frequency. Rows are sorted by the share of the last role, into
+    buckets that share one Gram.
+    """
+    rows = weight_VD.shape[0]
+    traces = [jnp.trace(gram_DD) for _, gram_DD in roles]
+    costs_VR = jnp.stack([weight_V * trace for (weight_V, _), trace in zip(roles, traces)], axis=1)
+    shares_VR = costs_VR / jnp.sum(costs_VR, axis=1, keepdims=True)
+    order_V = jnp.argsort(shares_VR[:, -1])
+    count = next(count for count in range(buckets, 0, -1) if rows % count == 0) if len(roles) > 1 else 1
+    solutions = []
+    for rows_R in order_V.reshape(count, -1):
+        share_R = jnp.mean(shares_VR[rows_R], axis=0)
+        gram_DD = sum(share * gram_DD / trace for share, (_, gram_DD), trace in zip(share_R, roles, traces))
+        problem = shaped_problem(weight_VD[rows_R], gram_DD, None, recipe)
+        solutions += solve([problem], recipe.embedding_steps or recipe.steps, recipe.sweeps)
+    inverse_V = jnp.argsort(order_V)
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[inverse_V], *solutions)
+
+
+def table_roles(name: str, config: ModelConfig, statistics: Statistics) -> list[tuple[Array, Array]]:
+    """Returns the roles of the embedding or of a separate output matrix, head first."""
+    # A row that the text never met still matters a little: as if it had been met a tenth of a time.
+    floor = 0.1 / statistics.tokens
+    head = (statistics.head_weight_V + floor, statistics.head_gram_DD)
+    lookup = (statistics.lookup_frequency_V + floor, statistics.lookup_gram_DD)
+    if name == "output.weight":
+        return [head]
+    return [head, lookup] if config.tie_word_embeddings else [lookup]
+
+
+# ---- a model
+
+
+def quantize(
+    config: ModelConfig,
+    tensors: Mapping[str, Array],
+    statistics: Statistics | None,
+    recipe: Recipe,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Array | Q4K]:
+    """Rounds every matrix of a model; vectors come back as float32, matrices as Q4K.
+
+    Raises:
+      InputError: the recipe needs statistics and there are none.
+    """
+    # Rows that are no multiple of a super-block stay as they are: the writer falls back to other types for them.
+    shapes = config.tensor_shapes().items()
+    matrices = [name for name, shape in shapes if is_matrix(name, shape) and shape[1] % SUPER_BLOCK == 0]
+    result: dict[str, Array | Q4K] = {name: tensors[name] for name in config.tensor_shapes()}
+    report = _counter(len(matrices), progress)
+    if not recipe.needs_statistics:
+        for name in matrices:
+            result[name] = rounding.to_nearest(Problem(jnp.asarray(tensors[name]).astype(jnp.float32)))
+            report(1)
+        return result
+    if statistics is None:
+        raise InputError("this recipe needs statistics; give --statistics DIR, or --text and --tokens to measure them")
+    tensors = {name: jnp.asarray(tensors[name]).astype(jnp.float32) for name in config.tensor_shapes()}
+    if recipe.equalize:
+        tensors, statistics = equalize(config, tensors, statistics, recipe.damping_in)
+    result = dict(tensors)
+    for name in ("token_embd.weight", "output.weight"):
+        if name in matrices:
+            result[name] = round_table(tensors[name], table_roles(name, config, statistics), recipe)
+            report(1)
+    if recipe.sequential:
+        return _round_sequentially(config, tensors, statistics, recipe, result, report)
+    by_shape: dict[tuple[int, ...], list[str]] = {}
+    for name in matrices:
+        if name.startswith("blk."):
+            by_shape.setdefault(tuple(tensors[name].shape), []).append(name)
+    for names in by_shape.values():
+        for group in _groups(names, tensors[names[0]].shape):
+            problems = [
+                shaped_problem(tensors[name], statistics.input_gram(name), statistics.outputs[name], recipe)
+                for name in group
+            ]
+            result |= zip(group, solve(problems, recipe.steps, recipe.sweeps))
+            report(len(group))
+    return result
+
+
+def _groups(names: list[str], shape: tuple[int, ...], elements: int = 1 << 26) -> Iterator[list[str]]:
+    """Cuts matrices of one shape into groups whose weights and Grams fit a device side by side."""
+    size = max(1, elements // (shape[0] * shape[1] + shape[0] ** 2 + shape[1] ** 2))
+    yield from (names[start : start + size] for start in range(0, len(names), size))
+
+
+def _counter(total: int, progress: Callable[[int, int], None]) -> Callable[[int], None]:
+    done = 0
+
+    def report(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
+    return report
+
+
+def dequantized(tensors: Mapping[str, Array | Q4K]) -> dict[str, Array]:
+    """Returns the tensors with every Q4K replaced by the weights that it stands for."""
+    return {name: dequantize(value) if isinstance(value, Q4K) else value for name, value in tensors.items()}
+
+
+def _round_sequentially(config, tensors, statistics, recipe, result, report):
+    teacher = Qwen35.from_tensors(config, tensors)
+    windows_WT = _full_windows(statistics.windows_WT, recipe.sequential_windows)
+    teacher_WTD = teacher.embed(windows_WT)
+    student_WTD = jnp.take(dequantized(result)["token_embd.weight"], windows_WT, axis=0)
+    for layer, kind in enumerate(config.layer_types):
+        original, student = teacher.block(layer), teacher.block(layer)
+        for attributes in STAGES[kind]:
+            own_II, cross_II = paired_grams(original, student, teacher_WTD, student_WTD, attributes[0])
+            problems = {}
+            for attribute in attributes:
+                name = tensor_name(layer, attribute)
+                if tensors[name].shape[1] % SUPER_BLOCK:
+                    continue
+                target_OI = matched_target(tensors[name], own_II, cross_II, recipe.correction_damping)
+                problems[attribute] = shaped_problem(target_OI, own_II, statistics.outputs[name], recipe)
+            for group in _same_shape(problems):
+                solutions = solve([problems[attribute] for attribute in group], recipe.steps, recipe.sweeps)
+                for attribute, solution in zip(group, solutions):
+                    result[tensor_name(layer, attribute)] = solution
+                    setattr(student, attribute, nnx.Param(dequantize(solution)))
+                    report(1)
+        teacher_WTD, student_WTD = run_block(original, teacher_WTD), run_block(student, student_WTD)
+    return result
+
+
+def _same_shape(problems: Mapping[str, Problem]) -> list[list[str]]:
+    shapes: dict[tuple[int, ...], list[str]] = {}
+    for name, problem in problems.items():
+        shapes.setdefault(problem.weight_OI.shape, []).append(name)
+    return list(shapes.values())
+
+
+def _full_windows(windows_WT: np.ndarray, count: int) -> Int[Array, "W T"]:
+    """Windows without padding where there are any; else padding is read as token 0, which no earlier token sees."""
+    full = windows_WT[np.all(windows_WT >= 0, axis=1)]
+    return jnp.asarray(np.maximum(full if len(full) else windows_WT, 0)[:count])
+
+
+def matched_target(weight_OI: Array, own_II: Array, cross_II: Array, damping: float) -> Float[Array, "O I"]:
+    """Returns the matrix W' whose output on the quantized model's input x^ is nearest to W x.
+
+    W' = W + W (E[x x^^T] - E[x^ x^^T]) (E[x^ x^^T] + damping)^-1: ridge regression that shrinks towards W.
+
+    References:
+      Li et al., GPTAQ, 2025. https://arxiv.org/abs/2504.02692
+      Zhang et al., Qronos, 2025. https://arxiv.org/abs/2505.11695
+    """
+    shift_OI = matmul(weight_OI, cross_II - own_II)
+    factor = jax.scipy.linalg.cho_factor(damp(own_II, damping))
+    return weight_OI + jax.scipy.linalg.cho_solve(factor, shift_OI.T).T
+
+
+@functools.partial(jax.jit, static_argnames="attribute")
+def paired_grams(
+    original: Block,
+    student: Block,
+    teacher_WTD: Float[Array, "W T D"],
+    student_WTD: Float[Array, "W T D"],
+    attribute: str,
+) -> tuple[Float[Array, "I I"], Float[Array, "I I"]]:
+    """Means over tokens of x^ x^^T and x x^^T, x and x^ the inputs of the named projection in either block."""
+
+    def capture(block, x_BTD):
+        inputs = {}
+
+        def probe(name, x_BTI, y_BTO):
+            inputs[name] = x_BTI
+            return y_BTO
+
+        block(x_BTD, probe)
+        x_BTI = inputs[attribute]
+        return x_BTI.reshape(-1, x_BTI.shape[-1]).astype(jnp.float32)
+
+    def add(sums, pair):
+        x_NI, student_NI = (capture(block, x_BTD) for block, x_BTD in zip((original, student), pair))
+        new = matmul(student_NI.T, student_NI), matmul(x_NI.T, student_NI)
+        return jax.tree.map(jnp.add, sums, new), None
+
+    width = getattr(original, attribute)[...].shape[1]
+    zeros = (jnp.zeros((width, width), jnp.float32),) * 2
+    batched = lambda x_WTD: x_WTD.reshape(-1, math.gcd(8, x_WTD.shape[0]), *x_WTD.shape[1:])  # noqa: E731
+    sums, _ = jax.lax.scan(add, zeros, (batched(teacher_WTD), batched(student_WTD)))
+    tokens = teacher_WTD.shape[0] * teacher_WTD.shape[1]
+    return tuple(total / tokens for total in sums)
+
+
+@jax.jit
+def run_block(block: Block, x_WTD: Float[Array, "W T D"]) -> Float[Array, "W T D"]:
+    """Runs one block over many windows, a few at a time."""
+    return jax.lax.map(lambda x_TD: block(x_TD[None])[0], x_WTD, batch_size=8)

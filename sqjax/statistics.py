@@ -1,0 +1,303 @@
+"""Spectral statistics: input and output Grams of every matrix, from one forward and one backward pass over text.
+
+Letters: B batch, T time, N tokens (B T), D model width, V vocabulary, I in features, O out features, R repeats.
+
+For y = W x the input Gram is the sum of x x^T over tokens, the output Gram the sum of g g^T, with g the gradient of the
+log-likelihood of labels *drawn from the model*: their Kronecker product estimates the Fisher information, which is the
+curvature of the KL divergence. All sums are float32. The tied embedding has two roles: as the head its rows v weigh
+sum p_v (1 - p_v) in the Gram of final hidden states (exact for the diagonal of the softmax's Fisher, and bounded in
+memory for any vocabulary); as the table its rows weigh the number of times they were read in the Gram of gradients.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from sqjax.config import ModelConfig, tensor_name
+from sqjax.model import Qwen35
+from sqjax.run import InputError
+
+# Projections that read the same input: only the first keeps its Gram.
+SHARED_INPUT = {
+    "attn_gate": "attn_qkv",
+    "ssm_alpha": "attn_qkv",
+    "ssm_beta": "attn_qkv",
+    "attn_k": "attn_q",
+    "attn_v": "attn_q",
+    "ffn_up": "ffn_gate",
+}
+PROJECTIONS = (
+    *("attn_qkv", "attn_gate", "ssm_alpha", "ssm_beta", "ssm_out"),
+    *("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"),
+)
+
+
+def input_name(tensor: str) -> str:
+    """Returns the name of the tensor under which the input Gram of `tensor` is kept."""
+    prefix, attribute, suffix = tensor.rsplit(".", 2)
+    return f"{prefix}.{SHARED_INPUT.get(attribute, attribute)}.{suffix}"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """Sums over tokens, in the layout of the model: blocks[p][projection] holds stacks [R, ...] of layers p, p + P, ...
+
+    Attributes:
+      blocks: per position in the period, per projection: {"input": [R, I, I] (first of its kind), "output": [R, O, O]}.
+      head_gram_DD: of final hidden states.
+      head_weight_V: sum of p_v (1 - p_v).
+      lookup_gram_DD: of the gradients with respect to the embedded token.
+      lookup_count_V: how often a token was read.
+      tokens: number of tokens.
+    """
+
+    blocks: list[dict[str, dict[str, Array]]]
+    head_gram_DD: Float[Array, "D D"]
+    head_weight_V: Float[Array, " V"]
+    lookup_gram_DD: Float[Array, "D D"]
+    lookup_count_V: Float[Array, " V"]
+    tokens: Float[Array, ""]
+
+
+def empty(model: Qwen35) -> Sums:
+    """Returns sums of zero for a model."""
+    config = model.config
+    width, vocabulary = config.hidden_size, config.vocab_size
+    blocks = []
+    for block in model.blocks:
+        sums = {}
+        for name in PROJECTIONS:
+            if (weight := getattr(block, name, None)) is None:
+                continue
+            repeats, rows, columns = weight[...].shape
+            sums[name] = {"output": jnp.zeros((repeats, rows, rows), jnp.float32)}
+            if name not in SHARED_INPUT:
+                sums[name]["input"] = jnp.zeros((repeats, columns, columns), jnp.float32)
+        blocks.append(sums)
+    square = lambda: jnp.zeros((width, width), jnp.float32)  # noqa: E731
+    vector = lambda: jnp.zeros(vocabulary, jnp.float32)  # noqa: E731
+    return Sums(blocks, square(), vector(), square(), vector(), jnp.float32(0.0))
+
+
+def gram(rows_ND: Float[Array, "*N D"]) -> Float[Array, "D D"]:
+    """Returns the sum of x x^T over the rows x, with float32 products and sums whatever their type."""
+    rows_ND = rows_ND.reshape(-1, rows_ND.shape[-1]).astype(jnp.float32)
+    return jnp.einsum("ni,nj->ij", rows_ND, rows_ND, precision="highest")
+
+
+@jax.custom_vjp
+def observe(accumulators: Mapping[str, Array], x: Array, y: Array) -> Array:
+    """Returns y; the cotangent of `accumulators` is {"input": sum x x^T, "output": sum g g^T}, g the cotangent of y."""
+    return y
+
+
+def _observe_forward(accumulators, x, y):
+    # A dictionary of None has its keys in the tree's structure and no leaves: what is to be summed, and nothing more.
+    kinds = dict.fromkeys(accumulators)
+    return y, (kinds, x if "input" in kinds else jnp.zeros((0, *x.shape), x.dtype))
+
+
+def _observe_backward(residuals, cotangent):
+    kinds, x = residuals
+    sums = {kind: gram(x if kind == "input" else cotangent) for kind in kinds}
+    return sums, jnp.zeros(x.shape if "input" in kinds else x.shape[1:], x.dtype), cotangent
+
+
+observe.defvjp(_observe_forward, _observe_backward)
+
+
+@functools.partial(jax.jit, donate_argnums=1, static_argnames="chunk")
+def accumulate(
+    model: Qwen35,
+    sums: Sums,
+    tokens_BT: Int[Array, "B T"],
+    mask_BT: Float[Array, "B T"],
+    key: Array,
+    *,
+    chunk: int = 1024,
+) -> Sums:
+    """Adds one batch to the sums, in one forward and one backward pass.
+
+    Args:
+      tokens_BT: text, padded on the right.
+      mask_BT: 1.0 for a token that counts, 0.0 for padding.
+      key: draws the labels, one for every token.
+      chunk: tokens whose logits are held at a time.
+    """
+
+    def loss(probes, embedded_BTD):
+        # Padding contributes no input; it contributes no gradient either, since no later token counts.
+        tap = lambda accumulators, x, y: observe(accumulators, _masked(x, mask_BT), y)  # noqa: E731
+        hidden_BTD = model.trunk(embedded_BTD, observe=tap, probes=probes, remat=True)
+        value, head_weight_V = _sampled_loss(model, hidden_BTD, mask_BT, key, chunk)
+        return value, (hidden_BTD, head_weight_V)
+
+    embedded_BTD = model.embed(tokens_BT)
+    gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
+    zeros = jax.tree.map(jnp.zeros_like, sums.blocks)
+    (blocks, lookup_BTD), (hidden_BTD, head_weight_V) = gradient(zeros, embedded_BTD)
+    counts_V = jnp.zeros_like(sums.lookup_count_V).at[tokens_BT.reshape(-1)].add(mask_BT.reshape(-1))
+    batch = Sums(
+        blocks,
+        gram(_masked(hidden_BTD, mask_BT)),
+        head_weight_V,
+        gram(lookup_BTD),
+        counts_V,
+        jnp.sum(mask_BT),
+    )
+    return jax.tree.map(jnp.add, sums, batch)
+
+
+@functools.partial(jax.jit, donate_argnums=1, static_argnames="chunk")
+def accumulate_sketch(
+    model: Qwen35,
+    sums: list[dict[str, dict[str, Array]]],
+    factors: list[dict[str, dict[str, Array]]],
+    tokens_BT: Int[Array, "B T"],
+    mask_BT: Float[Array, "B T"],
+    key: Array,
+    *,
+    chunk: int = 1024,
+) -> list[dict[str, dict[str, Array]]]:
+    """Adds one batch to a power iteration for the Kronecker factors of the Fisher information of each matrix.
+
+    With D the gradient of one sequence's log-likelihood with respect to a matrix, "input" grows by the sum over
+    sequences of D^T G D and "output" by that of D A D^T, where A and G are the previous `factors`. Unlike independent
+    Grams this counts how inputs and gradients go together, and the tokens of a sequence with each other.
+
+    References:
+      Tseng et al., Model-Preserving Adaptive Rounding (YAQA), 2025. https://arxiv.org/abs/2505.22988
+    """
+
+    def loss(probes):
+        def tap(probe, x, y):
+            accumulators, previous = probe
+            return observe_sketch(accumulators, jax.lax.stop_gradient(previous), _masked(x, mask_BT), y)
+
+        pairs = [{name: (block[name], kinds[name]) for name in block} for block, kinds in zip(probes, factors)]
+        hidden_BTD = model.trunk(model.embed(tokens_BT), observe=tap, probes=pairs, remat=True)
+        return _sampled_loss(model, hidden_BTD, mask_BT, key, chunk)[0]
+
+    return jax.tree.map(jnp.add, sums, jax.grad(loss)(jax.tree.map(jnp.zeros_like, sums)))
+
+
+@jax.custom_vjp
+def observe_sketch(accumulators, factors, x_BTI, y_BTO):
+    """Returns y; the cotangent of `accumulators` is one step of the power iteration of `accumulate_sketch`."""
+    return y_BTO
+
+
+def _sketch_forward(accumulators, factors, x_BTI, y_BTO):
+    return y_BTO, (factors, x_BTI)
+
+
+def _sketch_backward(residuals, cotangent_BTO):
+    factors, x_BTI = residuals
+    product = functools.partial(jnp.einsum, precision="highest")
+    gradient_BOI = product("bto,bti->boi", cotangent_BTO.astype(jnp.float32), x_BTI.astype(jnp.float32))
+    weighted_BOI = product("op,bpi->boi", factors["output"], gradient_BOI)
+    sums = {
+        "input": product("boi,boj->ij", gradient_BOI, weighted_BOI),
+        "output": product("boi,bpi->op", product("boj,ij->boi", gradient_BOI, factors["input"]), gradient_BOI),
+    }
+    return sums, jax.tree.map(jnp.zeros_like, factors), jnp.zeros_like(x_BTI), cotangent_BTO
+
+
+observe_sketch.defvjp(_sketch_forward, _sketch_backward)
+
+
+def _masked(x_BTD, mask_BT):
+    return x_BTD * mask_BT[..., None].astype(x_BTD.dtype)
+
+
+def _sampled_loss(model, hidden_BTD, mask_BT, key, chunk):
+    """Negative log-likelihood of labels drawn from the model, summed over tokens, and the sum of p (1 - p)."""
+    width = hidden_BTD.shape[-1]
+    hidden_ND, mask_N = hidden_BTD.reshape(-1, width), mask_BT.reshape(-1)
+    padding = -hidden_ND.shape[0] % chunk
+    hidden_KCD = jnp.pad(hidden_ND, ((0, padding), (0, 0))).reshape(-1, chunk, width)
+    mask_KC = jnp.pad(mask_N, (0, padding)).reshape(-1, chunk)
+
+    @jax.checkpoint
+    def one(hidden_CD, mask_C, key):
+        logits_CV = model.logits(hidden_CD[None])[0]
+        # Logits are in nats relative to each other: the labels follow the model's own distribution.
+        label_C = jax.random.categorical(key, jax.lax.stop_gradient(logits_CV))
+        log_normalizer_C = jax.nn.logsumexp(logits_CV, axis=-1)
+        taken_C = jnp.take_along_axis(logits_CV, label_C[:, None], axis=-1)[:, 0]
+        p_CV = jnp.exp(jax.lax.stop_gradient(logits_CV - log_normalizer_C[:, None]))
+        weight_V = jnp.einsum("cv,c->v", p_CV * (1.0 - p_CV), mask_C, precision="highest")
+        return jnp.sum((log_normalizer_C - taken_C) * mask_C), weight_V
+
+    def body(total, inputs):
+        value, weight_V = one(*inputs)
+        return (total[0] + value, total[1] + weight_V), None
+
+    start = (jnp.float32(0.0), jnp.zeros(model.config.vocab_size, jnp.float32))
+    keys = jax.random.split(key, hidden_KCD.shape[0])
+    return jax.lax.scan(body, start, (hidden_KCD, mask_KC, keys))[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Means over calibration tokens, by tensor name; the sums of `Sums` divided by the number of tokens.
+
+    Attributes:
+      inputs: input Gram of each tensor that `input_name` names.
+      outputs: output Gram of each matrix of the blocks.
+      head_gram_DD, head_weight_V, lookup_gram_DD, lookup_frequency_V: the two roles of the embedding.
+      tokens: number of tokens seen.
+      windows_WT: the calibration text itself, for rounding that measures again on the quantized model; -1 is padding.
+    """
+
+    inputs: Mapping[str, Float[Array, "I I"]]
+    outputs: Mapping[str, Float[Array, "O O"]]
+    head_gram_DD: Float[Array, "D D"]
+    head_weight_V: Float[Array, " V"]
+    lookup_gram_DD: Float[Array, "D D"]
+    lookup_frequency_V: Float[Array, " V"]
+    tokens: int
+    windows_WT: np.ndarray
+
+    def input_gram(self, tensor: str) -> Float[Array, "I I"]:
+        """Returns the Gram of what a matrix multiplies."""
+        return self.inputs[input_name(tensor)]
+
+
+def means(config: ModelConfig, sums: Sums, windows_WT: np.ndarray) -> Statistics:
+    """Divides sums by their number of tokens and names them.
+
+    Raises:
+      InputError: a matrix has seen no token, or a sum is not finite.
+    """
+    tokens = float(sums.tokens)
+    if tokens == 0:
+        raise InputError("the calibration text has no tokens; give --text with more of it")
+    inputs, outputs = {}, {}
+    for layer in range(config.num_hidden_layers):
+        for name, kinds in sums.blocks[layer % config.period].items():
+            tensor = tensor_name(layer, name)
+            outputs[tensor] = kinds["output"][layer // config.period] / tokens
+            if "input" in kinds:
+                inputs[tensor] = kinds["input"][layer // config.period] / tokens
+    for kind, grams in (("input", inputs), ("output", outputs)):
+        for tensor, gram_II in grams.items():
+            trace = float(jnp.trace(gram_II))
+            if not np.isfinite(trace) or trace <= 0:
+                raise InputError(f"the {kind} Gram of {tensor} has trace {trace}; the text or the weights are at fault")
+    return Statistics(
+        inputs,
+        outputs,
+        sums.head_gram_DD / tokens,
+        sums.head_weight_V / tokens,
+        sums.lookup_gram_DD / tokens,
+        sums.lookup_count_V / tokens,
+        int(tokens),
+        windows_WT,
+    )
