@@ -28,8 +28,6 @@ def recurrent(
     log_decay_BTH: Float[Array, "B T H"],
     beta_BTH: Float[Array, "B T H"],
     state: Float[Array, "B H E E"] | None = None,
-    *,
-    precision: jax.lax.PrecisionLike = "highest",
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B H E E"]]:
     """Runs the gated delta rule as it is defined, one token after the other, in float32.
 
@@ -41,7 +39,7 @@ def recurrent(
     grouped = (batch, heads // key_heads, key_heads)
     if state is None:
         state = jnp.zeros((batch, heads, dim, dim), jnp.float32)
-    einsum = functools.partial(jnp.einsum, precision=precision)
+    einsum = functools.partial(jnp.einsum, precision="highest")
 
     def step(state, token):
         q, k, v, log_decay, beta = token
@@ -73,72 +71,109 @@ def chunked(
     state: Float[Array, "B H E E"] | None = None,
     *,
     chunk: int = 64,
-    precision: jax.lax.PrecisionLike = "highest",
+    dtype=jnp.float32,
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B H E E"]]:
-    """Runs the gated delta rule in parallel within chunks of tokens and in sequence over chunks, in float32.
+    """Runs the gated delta rule in parallel within chunks of tokens and in sequence over chunks.
 
     Equal to `recurrent` up to rounding, for keys of norm at most 1, log-decays at most 0 and betas in [0, 1]. With L
     the strictly lower triangle of beta_t exp(g_t - g_s) k_t.k_s (g the running sum of log-decays in a chunk), the
     deltas of a chunk that starts from state S are (I + L)^-1 (beta v - beta exp(g) k S): affine in S, like all else.
 
-    `chunk` is a power of two; T need not be a multiple of it. `precision` is that of the matrix products: "highest" for
-    float32 results, "default" (TF32 or bfloat16 products with float32 sums) where q, k, v come from a bfloat16 model.
-    The triangular inverse always has the highest.
+    `chunk` is a power of two; T need not be a multiple of it. `dtype` is that of the factors of matrix products; sums,
+    decays, the triangular inverse, the state and the results are float32 always.
 
     Returns:
       The outputs and the state after the last token. `state` is zero when it is not given.
     """
     batch, time, key_heads, dim = q.shape
     heads = v.shape[2]
-    einsum = functools.partial(jnp.einsum, precision=precision)
-    q_NBKCE = _split(q, chunk, key_heads)[:, :, :, 0] * dim**-0.5
-    k_NBKCE = _split(k, chunk, key_heads)[:, :, :, 0]
-    v_NBKRCE = _split(v, chunk, key_heads)
+    q_NBKCE, k_NBKCE = (_split(x.astype(dtype), chunk, key_heads)[:, :, :, 0] for x in (q, k))
+    v_NBKRCE = _split(v.astype(dtype), chunk, key_heads)
     beta_NBKRC = _split(beta_BTH[..., None], chunk, key_heads)[..., 0]
     total_NBKRC = jnp.cumsum(_split(log_decay_BTH[..., None], chunk, key_heads)[..., 0], axis=-1)
 
     # Differences are formed before the exponential and are never positive, so that no decay overflows however strong.
     difference = total_NBKRC[..., :, None] - total_NBKRC[..., None, :]
     decay_NBKRCS = jnp.exp(jnp.where(_triangle(chunk, difference.ndim, 0), difference, -jnp.inf))
-    keys_NBK1CS = einsum("nbkce,nbkse->nbkcs", k_NBKCE, k_NBKCE)[:, :, :, None]
+    keys_NBK1CS = product("nbkce,nbkse->nbkcs", k_NBKCE, k_NBKCE, jnp.float32)[:, :, :, None]
     lower = jnp.where(_triangle(chunk, difference.ndim, -1), beta_NBKRC[..., None] * decay_NBKRCS * keys_NBK1CS, 0.0)
     # Scaling the columns of the inverse, not the rows of k, leaves one copy of k for all value heads that read it.
     solve_NBKRCS = _unit_lower_inverse(lower) * beta_NBKRC[..., None, :]
     start_NBKRC = jnp.exp(total_NBKRC)
-    fresh_NBKRCE = einsum("nbkrcs,nbkrse->nbkrce", solve_NBKRCS, v_NBKRCE)
-    recall_NBKRCE = einsum("nbkrcs,nbkse->nbkrce", solve_NBKRCS * start_NBKRC[..., None, :], k_NBKCE)
+    remember_NBKRCS = (solve_NBKRCS * start_NBKRC[..., None, :]).astype(dtype)
+    fresh_NBKRCE = product("nbkrcs,nbkrse->nbkrce", solve_NBKRCS.astype(dtype), v_NBKRCE, dtype)
+    recall_NBKRCE = product("nbkrcs,nbkse->nbkrce", remember_NBKRCS, k_NBKCE, dtype)
     end_NBKRC = jnp.exp(total_NBKRC[..., -1:] - total_NBKRC)
 
-    def next_state(state, step):
+    def next_state(state_BHEE, step):
         k, fresh, recall, end, through = step
-        delta = fresh - einsum("bkrce,bkred->bkrcd", recall, state)
-        written = einsum("bkce,bkrcd->bkred", k, delta * end[..., None])
-        return state * through[..., None, None] + written, state
+        # Here heads are b, k * R + r: products whose axes need no transposing, at the price of a copy of k for R > 1.
+        k = jnp.broadcast_to(k[:, :, None], fresh.shape)
+        k, fresh, recall = (x.reshape(batch, heads, chunk, dim) for x in (k, fresh, recall))
+        start_BHEE = state_BHEE.astype(dtype)
+        delta = fresh.astype(jnp.float32) - product("bhce,bhed->bhcd", recall, start_BHEE, jnp.float32)
+        delta = (delta * end.reshape(batch, heads, chunk, 1)).astype(dtype)
+        state_BHEE = state_BHEE * through.reshape(batch, heads, 1, 1)
+        return state_BHEE + product("bhce,bhcd->bhed", k, delta, jnp.float32), start_BHEE
 
     if state is None:
         state = jnp.zeros((batch, heads, dim, dim), jnp.float32)
-    # [B, H = R K, E, E] -> [B, K, R, E, E]
-    state = state.reshape(batch, heads // key_heads, key_heads, dim, dim).swapaxes(1, 2)
+    state = _regroup(state, heads // key_heads, key_heads)
     steps = (k_NBKCE, fresh_NBKRCE, recall_NBKRCE, end_NBKRC, start_NBKRC[..., -1])
-    state, starts_NBKREE = jax.lax.scan(next_state, state, steps)
+    state, starts = jax.lax.scan(next_state, state, steps)
+    starts_NBKREE = starts.reshape(*fresh_NBKRCE.shape[:4], dim, dim)
 
-    attend_NBKRCS = einsum("nbkce,nbkse->nbkcs", q_NBKCE, k_NBKCE)[:, :, :, None] * decay_NBKRCS
-    read = q_NBKCE[:, :, :, None] * start_NBKRC[..., None] - einsum(
-        "nbkrcs,nbkrse->nbkrce", attend_NBKRCS, recall_NBKRCE
-    )
-    out = einsum("nbkrce,nbkred->nbkrcd", read, starts_NBKREE)
-    out = out + einsum("nbkrcs,nbkrse->nbkrce", attend_NBKRCS, fresh_NBKRCE)
+    scores_NBK1CS = product("nbkce,nbkse->nbkcs", q_NBKCE, k_NBKCE, jnp.float32)[:, :, :, None]
+    attend_NBKRCS = (scores_NBK1CS * decay_NBKRCS).astype(dtype)
+    read_NBKRCE = q_NBKCE.astype(jnp.float32)[:, :, :, None] * start_NBKRC[..., None]
+    read_NBKRCE = read_NBKRCE - product("nbkrcs,nbkrse->nbkrce", attend_NBKRCS, recall_NBKRCE, jnp.float32)
+    out = product("nbkrce,nbkred->nbkrcd", read_NBKRCE.astype(dtype), starts_NBKREE, jnp.float32)
+    out = out + product("nbkrcs,nbkrse->nbkrce", attend_NBKRCS, fresh_NBKRCE, jnp.float32)
     # [N, B, K, R, C, E] -> [B, T, H = R K, E]
-    out = out.transpose(1, 0, 4, 3, 2, 5).reshape(batch, -1, heads, dim)[:, :time]
-    return out, state.swapaxes(1, 2).reshape(batch, heads, dim, dim)
+    out = out.transpose(1, 0, 4, 3, 2, 5).reshape(batch, -1, heads, dim)[:, :time] * dim**-0.5
+    return out, _regroup(state, key_heads, heads // key_heads)
+
+
+def product(spec: str, a: Array, b: Array, dtype) -> Array:
+    """Contracts two arrays of one dtype as einsum does, with float32 sums and a result of type `dtype`."""
+    if a.dtype == jnp.float32:
+        return jnp.einsum(spec, a, b, precision="highest").astype(dtype)
+    return _narrow_product(spec, a, b, jnp.dtype(dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _narrow_product(spec, a, b, dtype):
+    return jnp.einsum(spec, a, b, preferred_element_type=dtype)
+
+
+def _narrow_product_forward(spec, a, b, dtype):
+    return _narrow_product(spec, a, b, dtype), (a, b)
+
+
+def _narrow_product_backward(spec, dtype, saved, grad):
+    # A float32 result has a float32 cotangent; multiplied as such, the backward pass would lose most of its speed.
+    a, b = saved
+    grad = grad.astype(a.dtype)
+    inputs, out = spec.split("->")
+    first, second = inputs.split(",")
+    grad_a = jnp.einsum(f"{out},{second}->{first}", grad, b, preferred_element_type=a.dtype)
+    return grad_a, jnp.einsum(f"{first},{out}->{second}", a, grad, preferred_element_type=b.dtype)
+
+
+_narrow_product.defvjp(_narrow_product_forward, _narrow_product_backward)
 
 
 def _split(x: Float[Array, "B T H E"], chunk: int, key_heads: int) -> Float[Array, "N B K R C E"]:
     """Cuts time into chunks, padded with zeros: a token without key, value, beta and decay leaves the state alone."""
     batch, time, heads, dim = x.shape
-    x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -time % chunk), (0, 0), (0, 0)))
+    x = jnp.pad(x, ((0, 0), (0, -time % chunk), (0, 0), (0, 0)))
     x = x.reshape(batch, -1, chunk, heads // key_heads, key_heads, dim)
     return x.transpose(1, 0, 4, 3, 2, 5)
+
+
+def _regroup(state: Float[Array, "B H E E"], first: int, second: int) -> Float[Array, "B H E E"]:
+    """Reorders heads f * second + s to s * first + f."""
+    return state.reshape(len(state), first, second, *state.shape[2:]).swapaxes(1, 2).reshape(state.shape)
 
 
 def _triangle(size: int, rank: int, diagonal: int) -> Array:

@@ -17,7 +17,6 @@ References:
   Qwen3.5 in transformers (models/qwen3_5) and in llama.cpp (src/models/qwen35.cpp).
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from sqjax import delta_rule
 from sqjax.config import FULL, LINEAR, ModelConfig, is_matrix, tensor_name
+from sqjax.delta_rule import product
 from sqjax.run import InputError
 
 # (name of the projection, its input x_BTI, its output y_BTO) -> the output that the model goes on with
@@ -81,7 +81,7 @@ class Block(nnx.Module):
     def project(self, name: str, x_BTI: Array, probe: Probe | None = None, dtype=None) -> Float[Array, "B T O"]:
         """Multiplies by the named matrix; `dtype` of the result, that of the matrix unless given."""
         x_BTI = x_BTI.astype(self.dtype)
-        y_BTO = _product("BTI,OI->BTO", x_BTI, getattr(self, name)[...], self.dtype if dtype is None else dtype)
+        y_BTO = product("BTI,OI->BTO", x_BTI, getattr(self, name)[...], self.dtype if dtype is None else dtype)
         return y_BTO if probe is None else probe(name, x_BTI, y_BTO)
 
     @property
@@ -115,7 +115,7 @@ class LinearBlock(Block):
             v.reshape(batch, time, values, -1),
             log_decay_BTH,
             beta_BTH,
-            precision=_precision(self.dtype),
+            dtype=self.dtype,
         )
         out_BTHE = rms_norm(out_BTHE, self.ssm_norm[...], config.rms_norm_eps)
         out_BTHE = out_BTHE * jax.nn.silu(gate_BTHE.astype(jnp.float32))
@@ -263,7 +263,7 @@ class Qwen35(nnx.Module):
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Returns float32 logits of hidden states; give it chunks of tokens where B T V floats are too many."""
         weight_VD = (self.token_embd if self.output is None else self.output)[...]
-        return _product("BTD,VD->BTV", hidden_BTD.astype(weight_VD.dtype), weight_VD, jnp.float32)
+        return product("BTD,VD->BTV", hidden_BTD.astype(weight_VD.dtype), weight_VD, jnp.float32)
 
 
 def abstract(config: ModelConfig, dtype=jnp.float32) -> Qwen35:
@@ -291,11 +291,11 @@ def attention(
 
     def attend(block):
         first, q_BQKRE = block
-        scores_BKRQT = _product("BQKRE,BTKE->BKRQT", q_BQKRE, k_BTKE, jnp.float32) * dim**-0.5
+        scores_BKRQT = product("BQKRE,BTKE->BKRQT", q_BQKRE, k_BTKE, jnp.float32) * dim**-0.5
         # The first key is never masked, so the maximum is finite and so is every gradient.
         causal_QT = jnp.arange(time)[None, :] <= (first + jnp.arange(size))[:, None]
         weights_BKRQT = jax.nn.softmax(jnp.where(causal_QT[None, None, None], scores_BKRQT, -jnp.inf), axis=-1)
-        return _product("BKRQT,BTKE->BQKRE", weights_BKRQT.astype(v_BTKE.dtype), v_BTKE, jnp.float32)
+        return product("BKRQT,BTKE->BQKRE", weights_BKRQT.astype(v_BTKE.dtype), v_BTKE, jnp.float32)
 
     # Query head h reads key head h // R: [B, T, K R, E], unlike the linear mixer's order.
     grouped = (heads // k_BTKE.shape[2], dim)
@@ -330,40 +330,6 @@ def _causal_conv(x_BTC: Float[Array, "B T C"], weight_CW: Float[Array, "C W"]) -
 
 def _l2_norm(x: Float[Array, "B T H E"], eps: float) -> Float[Array, "B T H E"]:
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + eps)
-
-
-def _precision(dtype) -> str:
-    """float32 matrices deserve float32 products, which accelerators do not give unless asked."""
-    return "highest" if dtype == jnp.float32 else "default"
-
-
-def _product(spec: str, a: Array, b: Array, dtype) -> Array:
-    """Contracts two arrays of one dtype as einsum does, with float32 sums and a result of type `dtype`."""
-    if a.dtype == jnp.float32:
-        return jnp.einsum(spec, a, b, precision="highest").astype(dtype)
-    return _narrow_product(spec, a, b, jnp.dtype(dtype))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def _narrow_product(spec, a, b, dtype):
-    return jnp.einsum(spec, a, b, preferred_element_type=dtype)
-
-
-def _narrow_product_forward(spec, a, b, dtype):
-    return _narrow_product(spec, a, b, dtype), (a, b)
-
-
-def _narrow_product_backward(spec, dtype, saved, grad):
-    # A float32 result has a float32 cotangent; multiplied as such, the backward pass would lose most of its speed.
-    a, b = saved
-    grad = grad.astype(a.dtype)
-    inputs, out = spec.split("->")
-    first, second = inputs.split(",")
-    grad_a = jnp.einsum(f"{out},{second}->{first}", grad, b, preferred_element_type=a.dtype)
-    return grad_a, jnp.einsum(f"{first},{out}->{second}", a, grad, preferred_element_type=b.dtype)
-
-
-_narrow_product.defvjp(_narrow_product_forward, _narrow_product_backward)
 
 
 def _checked(name: str, array, shape: tuple[int, ...]):
