@@ -98,6 +98,77 @@ def evaluate(
     return result, json, lambda result: _evaluation_table({file.name: result})
 
 
+def calibrate(
+    model: Model,
+    out_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT_DIR")],
+    text: Text = (),
+    tokens: int = 1_000_000,
+    length: int = 512,
+    batch: int = 8,
+    seed: int = 0,
+    imatrix: Path | None = None,
+    json: Json = False,
+) -> Shown:
+    """Measure the input and output Grams of every matrix; an interrupted run goes on where it stopped.
+
+    Args:
+        model: Hugging Face folder, hub id or GGUF file
+        out_dir: folder for the statistics
+        text: what to measure on, may be given several times; the suite calib360 unless given
+        tokens: about how many tokens of it
+        length: tokens of a window
+        batch: windows at a time
+        seed: of the order of documents and of the labels drawn from the model
+        imatrix: also write the importance matrix to this file, in llama.cpp's GGUF format
+        json: print one JSON object and nothing else
+    """
+    from sqjax import pipeline
+
+    result = pipeline.calibrate(
+        model,
+        out_dir,
+        text=text or pipeline.CALIBRATION_SUITE,
+        tokens=tokens,
+        length=length,
+        batch=batch,
+        seed=seed,
+        imatrix=imatrix,
+    )
+    return result, json, _record_table
+
+
+def quantize(
+    model: Model,
+    out: OutFile,
+    recipe: str = "spectral",
+    statistics: Path | None = None,
+    text: Text = (),
+    tokens: int = 1_000_000,
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = (),
+    seed: int = 0,
+    json: Json = False,
+) -> Shown:
+    """Write a pure Q4_K_M file of the size of llama.cpp's, rounded by a recipe.
+
+    Args:
+        model: Hugging Face folder, hub id or GGUF file
+        out: file to write; its provenance goes beside it
+        recipe: name of a recipe (rtn, imatrix, gptq, spectral) or path of a TOML file
+        statistics: folder that calibrate wrote; measured from the text unless given
+        text: what to calibrate on, may be given several times; the suite calib360 unless given
+        tokens: about how many tokens of it
+        set: override a setting of the recipe, may be given several times
+        seed: of the calibration
+        json: print one JSON object and nothing else
+    """
+    from sqjax import pipeline
+
+    result = pipeline.quantize(
+        model, out, recipe=recipe, statistics=statistics, text=text or None, tokens=tokens, settings=set, seed=seed
+    )
+    return result, json, _file_table
+
+
 def demo(out: Path = Path("runs/demo"), json: Json = False) -> Shown:
     """Run the pipeline on the embedded model.
 
@@ -113,6 +184,8 @@ def demo(out: Path = Path("runs/demo"), json: Json = False) -> Shown:
 COMMANDS: dict[str, Callable[..., Shown]] = {
     "demo": demo,
     "convert": convert,
+    "calibrate": calibrate,
+    "quantize": quantize,
     "evaluate": evaluate,
     "inspect": inspect,
 }
@@ -155,6 +228,14 @@ def _file_table(result: Result) -> Any:
         ("SHA-256", result["sha256"]),
     ):
         table.add_row(key, shown)
+    return table
+
+
+def _record_table(result: Result) -> Any:
+    table = _new_table(result["folder"], "", "", justify="left")
+    for key, value in result.items():
+        if key != "folder" and value is not None:
+            table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
     return table
 
 

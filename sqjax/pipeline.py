@@ -3,6 +3,7 @@
 checkpoint -> model -> statistics -> problem -> scales, rounding -> refinement -> GGUF -> evaluation -> report
 """
 
+import dataclasses
 import hashlib
 import resource
 import sys
@@ -17,23 +18,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sqjax import evaluation, gguf_file
+from sqjax import calibration, evaluation, gguf_file
 from sqjax.checkpoint import Checkpoint, load_checkpoint
 from sqjax.evaluation import Sequences, TokenScores
 from sqjax.model import Qwen35
+from sqjax.quantizer import Recipe
+from sqjax.quantizer import quantize as rounded
 from sqjax.run import InputError, progress
 from sqjax.runtime import score as score_in_llama_cpp
+from sqjax.settings import read_settings
+from sqjax.statistics import Statistics
 from sqjax.texts import Texts, overlap, read_texts
 
 Runtime = Literal["jax", "llama.cpp"]
 FileType = Literal["f32", "bf16", "q4_k"]
 DType = Literal["f32", "bf16"]
+Sources = str | Path | Sequence[str | Path]
 
 PACKAGE = Path(__file__).parent
 DEMO_MODEL = PACKAGE / "demo8"
 SUITES = PACKAGE / "suites"
 _DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
+# In the source tree, and in an installed package.
+CONFIGS = (PACKAGE.parent / "configs", PACKAGE / "configs")
 DEFAULT_SUITE = "heldout120"
+CALIBRATION_SUITE = "calib360"
 _STREAMED_WINDOWS = 64
 
 
@@ -99,11 +108,125 @@ def inspect(file: str | Path) -> dict[str, Any]:
     return {"file": str(file)} | gguf_file.inspect(file)
 
 
+def calibrate(
+    model: str | Path,
+    out: str | Path,
+    *,
+    text: Sources = CALIBRATION_SUITE,
+    tokens: int = 1_000_000,
+    length: int = 512,
+    batch: int = 8,
+    seed: int = 0,
+    imatrix: str | Path | None = None,
+) -> dict[str, Any]:
+    """Measures the input and output Grams of every matrix on text, into a folder; an interrupted run is resumed.
+
+    Args:
+      model: what to measure.
+      out: folder for the statistics.
+      text: what to measure on; the package's own prompts unless given.
+      tokens: about how many tokens of it.
+      length: tokens of a window.
+      batch: windows at a time.
+      seed: of the order of documents and of the labels drawn from the model.
+      imatrix: also write the importance matrix to this file, in llama.cpp's GGUF format.
+
+    Raises:
+      InputError: one of them cannot be read, or the folder holds an unfinished run with other settings.
+    """
+    start = time.monotonic()
+    checkpoint = open_model(model)
+    statistics, about = _measure(checkpoint, text, Path(out), tokens, length, batch, seed)
+    if imatrix is not None:
+        calibration.write_imatrix(imatrix, statistics, checkpoint.config, str(about["text"]))
+    result = {"folder": str(out)} | about | {"tokens": statistics.tokens}
+    return result | usage() | {"seconds": time.monotonic() - start}
+
+
+def _measure(checkpoint, text, folder, tokens, length, batch, seed) -> tuple[Statistics, dict[str, Any]]:
+    sources = [text] if isinstance(text, str | Path) else list(text)
+    texts = open_texts(sources, seed=seed)
+    windows_WT = calibration.calibration_windows(texts, checkpoint.tokenizer, length, tokens)
+    about = {"model": checkpoint.name, "text": [Path(source).name for source in sources], "length": length}
+    with progress("calibrating") as report:
+        statistics = calibration.calibrate(
+            checkpoint.config,
+            load_model(checkpoint),
+            windows_WT,
+            folder,
+            about=about,
+            batch=batch,
+            seed=seed,
+            progress=report,
+        )
+    return statistics, about | {"windows_sha256": calibration.digest(windows_WT)}
+
+
+def read_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe by its name in configs/ or by its path, with `key=value` overrides.
+
+    Raises:
+      InputError: there is no such recipe, or a setting is wrong.
+    """
+    path = Path(name)
+    if path.suffix != ".toml":
+        found = [folder / f"{name}.toml" for folder in CONFIGS if (folder / f"{name}.toml").exists()]
+        if not found:
+            names = sorted({file.stem for folder in CONFIGS for file in folder.glob("*.toml")})
+            raise InputError(f"there is no recipe {name}; give one of {', '.join(names)}, or the path of a TOML file")
+        path = found[0]
+    return read_settings(Recipe, path, overrides)
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    *,
+    recipe: str | Path = "spectral",
+    statistics: str | Path | None = None,
+    text: Sources | None = None,
+    tokens: int = 1_000_000,
+    settings: Sequence[str] = (),
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Writes a pure Q4_K_M file, rounded by a recipe.
+
+    Args:
+      model: what to quantize.
+      out: GGUF file to write; what it was made from is written beside it, as OUT.json.
+      recipe: name in configs/, or path of a TOML file.
+      statistics: folder that `calibrate` wrote; measured from `text` unless given, into OUT.statistics.
+      text: what to calibrate on; the package's own prompts unless given.
+      tokens: about how many tokens of it.
+      settings: `key=value` overrides of the recipe.
+      seed: of the calibration.
+
+    Raises:
+      InputError: one of them cannot be read, they do not belong together, or the file cannot be written.
+    """
+    start = time.monotonic()
+    chosen = read_recipe(recipe, settings)
+    checkpoint = open_model(model)
+    measured, about = None, {}
+    if chosen.needs_statistics and statistics is not None:
+        measured, about = calibration.load(statistics)
+        calibration.check_model(measured, checkpoint.config)
+    elif chosen.needs_statistics:
+        folder = Path(f"{out}.statistics")
+        measured, about = _measure(checkpoint, text or CALIBRATION_SUITE, folder, tokens, 512, 8, seed)
+    with progress(f"rounding by {Path(recipe).stem}") as report:
+        tensors = rounded(checkpoint.config, checkpoint.tensors, measured, chosen, report)
+    written = {name: jax.tree.map(np.asarray, tensor) for name, tensor in tensors.items()}
+    made = {"recipe": Path(recipe).stem, "settings": dataclasses.asdict(chosen), "calibration": about, "seed": seed}
+    gguf_file.write_gguf(out, checkpoint, written, file_type="q4_k", provenance={"model": checkpoint.name} | made)
+    return {"file": str(out)} | _facts(out) | made | usage() | {"seconds": time.monotonic() - start}
+
+
 def evaluate(
     file: str | Path,
     *,
     reference: str | Path,
-    text: str | Path | Sequence[str | Path] = DEFAULT_SUITE,
+    text: Sources = DEFAULT_SUITE,
     length: int = 512,
     windows: int | None = None,
     runtime: Runtime = "jax",
@@ -140,7 +263,7 @@ def evaluate(
 
 def prepare(
     checkpoint: Checkpoint,
-    text: str | Path | Sequence[str | Path],
+    text: Sources,
     *,
     length: int = 512,
     windows: int | None = None,
@@ -208,7 +331,7 @@ def _as_f32(checkpoint: Checkpoint) -> Iterator[Path]:
 
 
 def demo(out: str | Path = "runs/demo") -> dict[str, Any]:
-    """Runs the pipeline on the embedded model: export, read back, evaluation.
+    """Runs the pipeline on the embedded model: statistics, rounding, export, read back, evaluation.
 
     Returns `files`: for each file that was written what `evaluate` says of it, and `seconds`.
 

@@ -17,7 +17,7 @@ gguf_file
 model
 statistics evaluation
 calibration runtime
-quantize refine
+quantizer
 report
 pipeline
 sweep
