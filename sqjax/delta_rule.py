@@ -95,33 +95,12 @@ def chunked(
     # Differences are formed before the exponential and are never positive, so that no decay overflows however strong.
     difference = total_NBKRC[..., :, None] - total_NBKRC[..., None, :]
     decay_NBKRCS = jnp.exp(jnp.where(_triangle(chunk, difference.ndim, 0), difference, -jnp.inf))
-    keys_NBK1CS = product("nbkce,nbkse->nbkcs", k_NBKCE, k_NBKCE, jnp.float32)[:, :, :, None]
-    lower = jnp.where(_triangle(chunk, difference.ndim, -1), beta_NBKRC[..., None] * decay_NBKRCS * keys_NBK1CS, 0.0)
-    # Scaling the columns of the inverse, not the rows of k, leaves one copy of k for all value heads that read it.
-    solve_NBKRCS = _unit_lower_inverse(lower) * beta_NBKRC[..., None, :]
     start_NBKRC = jnp.exp(total_NBKRC)
-    remember_NBKRCS = (solve_NBKRCS * start_NBKRC[..., None, :]).astype(dtype)
-    fresh_NBKRCE = product("nbkrcs,nbkrse->nbkrce", solve_NBKRCS.astype(dtype), v_NBKRCE, dtype)
-    recall_NBKRCE = product("nbkrcs,nbkse->nbkrce", remember_NBKRCS, k_NBKCE, dtype)
-    end_NBKRC = jnp.exp(total_NBKRC[..., -1:] - total_NBKRC)
-
-    def next_state(state_BHEE, step):
-        k, fresh, recall, end, through = step
-        # Here heads are b, k * R + r: products whose axes need no transposing, at the price of a copy of k for R > 1.
-        k = jnp.broadcast_to(k[:, :, None], fresh.shape)
-        k, fresh, recall = (x.reshape(batch, heads, chunk, dim) for x in (k, fresh, recall))
-        start_BHEE = state_BHEE.astype(dtype)
-        delta = fresh.astype(jnp.float32) - product("bhce,bhed->bhcd", recall, start_BHEE, jnp.float32)
-        delta = (delta * end.reshape(batch, heads, chunk, 1)).astype(dtype)
-        state_BHEE = state_BHEE * through.reshape(batch, heads, 1, 1)
-        return state_BHEE + product("bhce,bhcd->bhed", k, delta, jnp.float32), start_BHEE
-
+    fresh_NBKRCE, recall_NBKRCE = _deltas(k_NBKCE, v_NBKRCE, beta_NBKRC, start_NBKRC, decay_NBKRCS)
     if state is None:
         state = jnp.zeros((batch, heads, dim, dim), jnp.float32)
     state = _regroup(state, heads // key_heads, key_heads)
-    steps = (k_NBKCE, fresh_NBKRCE, recall_NBKRCE, end_NBKRC, start_NBKRC[..., -1])
-    state, starts = jax.lax.scan(next_state, state, steps)
-    starts_NBKREE = starts.reshape(*fresh_NBKRCE.shape[:4], dim, dim)
+    state, starts_NBKREE = _states(state, k_NBKCE, fresh_NBKRCE, recall_NBKRCE, total_NBKRC)
 
     scores_NBK1CS = product("nbkce,nbkse->nbkcs", q_NBKCE, k_NBKCE, jnp.float32)[:, :, :, None]
     attend_NBKRCS = (scores_NBK1CS * decay_NBKRCS).astype(dtype)
@@ -132,6 +111,39 @@ def chunked(
     # [N, B, K, R, C, E] -> [B, T, H = R K, E]
     out = out.transpose(1, 0, 4, 3, 2, 5).reshape(batch, -1, heads, dim)[:, :time] * dim**-0.5
     return out, _regroup(state, key_heads, heads // key_heads)
+
+
+def _deltas(k_NBKCE, v_NBKRCE, beta_NBKRC, start_NBKRC, decay_NBKRCS):
+    """Returns F and W such that the deltas of a chunk that starts from state S are F - W S."""
+    dtype, chunk, rank = k_NBKCE.dtype, k_NBKCE.shape[-2], decay_NBKRCS.ndim
+    keys_NBK1CS = product("nbkce,nbkse->nbkcs", k_NBKCE, k_NBKCE, jnp.float32)[:, :, :, None]
+    lower = jnp.where(_triangle(chunk, rank, -1), beta_NBKRC[..., None] * decay_NBKRCS * keys_NBK1CS, 0.0)
+    # Scaling the columns of the inverse, not the rows of k, leaves one copy of k for all value heads that read it.
+    solve_NBKRCS = _unit_lower_inverse(lower) * beta_NBKRC[..., None, :]
+    recall_NBKRCS = (solve_NBKRCS * start_NBKRC[..., None, :]).astype(dtype)
+    fresh_NBKRCE = product("nbkrcs,nbkrse->nbkrce", solve_NBKRCS.astype(dtype), v_NBKRCE, dtype)
+    return fresh_NBKRCE, product("nbkrcs,nbkse->nbkrce", recall_NBKRCS, k_NBKCE, dtype)
+
+
+def _states(state_BHEE, k_NBKCE, fresh_NBKRCE, recall_NBKRCE, total_NBKRC):
+    """Runs over the chunks; returns the last state [B, H, E, E] and the states that chunks start from."""
+    dtype, (*_, chunk, dim) = k_NBKCE.dtype, k_NBKCE.shape
+    end_NBKRC = jnp.exp(total_NBKRC[..., -1:] - total_NBKRC)
+
+    def next_state(state_BHEE, step):
+        k, fresh, recall, end, through = step
+        # Heads are k * R + r here: products whose axes need no transposing, at the price of copies of k where R > 1.
+        k = jnp.broadcast_to(k[:, :, None], fresh.shape)
+        k, fresh, recall = (x.reshape(*state_BHEE.shape[:2], chunk, dim) for x in (k, fresh, recall))
+        start_BHEE = state_BHEE.astype(dtype)
+        delta = fresh.astype(jnp.float32) - product("bhce,bhed->bhcd", recall, start_BHEE, jnp.float32)
+        delta = (delta * end.reshape(*delta.shape[:3], 1)).astype(dtype)
+        state_BHEE = state_BHEE * through.reshape(*state_BHEE.shape[:2], 1, 1)
+        return state_BHEE + product("bhce,bhcd->bhed", k, delta, jnp.float32), start_BHEE
+
+    steps = (k_NBKCE, fresh_NBKRCE, recall_NBKRCE, end_NBKRC, jnp.exp(total_NBKRC[..., -1]))
+    state_BHEE, starts = jax.lax.scan(next_state, state_BHEE, steps)
+    return state_BHEE, starts.reshape(*fresh_NBKRCE.shape[:4], dim, dim)
 
 
 def product(spec: str, a: Array, b: Array, dtype) -> Array:
