@@ -2,13 +2,16 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint
+.PHONY: demo test slow lint
 
 demo: $(INSTALLED)
 	$(VENV)/bin/sqjax demo
 
 test: $(INSTALLED)
-	$(VENV)/bin/pytest -n 2
+	$(VENV)/bin/pytest -n 2 -m 'not slow'
+
+slow: $(INSTALLED)
+	$(VENV)/bin/pytest -n 2 -m slow
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -6,6 +6,7 @@ checkpoint -> model -> statistics -> problem -> scales, rounding -> refinement -
 import dataclasses
 import hashlib
 import resource
+import shutil
 import sys
 import tempfile
 import time
@@ -18,13 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sqjax import calibration, evaluation, gguf_file
+from sqjax import calibration, distillation, evaluation, gguf_file
 from sqjax.checkpoint import Checkpoint, load_checkpoint
 from sqjax.evaluation import Sequences, TokenScores
 from sqjax.model import Qwen35
 from sqjax.quantizer import Recipe
 from sqjax.quantizer import quantize as rounded
-from sqjax.run import InputError, progress
+from sqjax.refinement import Refinement
+from sqjax.run import InputError, progress, sha256
 from sqjax.runtime import score as score_in_llama_cpp
 from sqjax.settings import read_settings
 from sqjax.statistics import Statistics
@@ -44,6 +46,8 @@ CONFIGS = (PACKAGE.parent / "configs", PACKAGE / "configs")
 DEFAULT_SUITE = "heldout120"
 CALIBRATION_SUITE = "calib360"
 _STREAMED_WINDOWS = 64
+_DEMO_FILES = {"BF16": "bf16", "Q4_K, plain rounding": "q4_k", "Q4_K, spectral": "spectral"}
+_DEMO_SETTINGS = ("sequential=false", 'steps=["feedback", "descend_codes"]', 'embedding_steps=["feedback"]')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,6 +226,59 @@ def quantize(
     return {"file": str(out)} | _facts(out) | made | usage() | {"seconds": time.monotonic() - start}
 
 
+def refine(
+    model: str | Path,
+    file: str | Path,
+    out: str | Path,
+    *,
+    text: Sources = CALIBRATION_SUITE,
+    tokens: int = 1_000_000,
+    run: str | Path | None = None,
+    resume: bool = False,
+    settings: Sequence[str] = (),
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Distils a model into a Q4_K file of it: codes, scales and vectors move until it answers like the model.
+
+    Args:
+      model: the teacher.
+      file: pure Q4_K file of it, where refinement starts.
+      out: GGUF file to write, of the same size; what it was made from is written beside it, as OUT.json.
+      text: what to distil on; the package's own prompts unless given.
+      tokens: how many tokens to distil on; text that is shorter is read several times.
+      run: folder for checkpoints and metrics; OUT.run unless given.
+      resume: go on with the run in that folder, to the bits of one that was not interrupted.
+      settings: `key=value` overrides of configs/refine.toml.
+      seed: of the order of the text.
+
+    Raises:
+      InputError: one of them cannot be read, they do not belong together, or the folder holds another run.
+    """
+    start = time.monotonic()
+    chosen = read_settings(Refinement, next(f for f in CONFIGS if f.exists()) / "refine.toml", settings)
+    checkpoint, begin = open_model(model), gguf_file.read_gguf(file)
+    sources = [text] if isinstance(text, str | Path) else list(text)
+    windows_WT = calibration.calibration_windows(
+        open_texts(sources, seed=seed), checkpoint.tokenizer, chosen.length, tokens
+    )
+    folder = Path(f"{out}.run" if run is None else run)
+    made = {"model": checkpoint.name, "text": [Path(source).name for source in sources], "tokens": tokens}
+    made |= {"start_sha256": sha256(file), "windows_sha256": calibration.digest(windows_WT), "seed": seed}
+    made |= {"settings": dataclasses.asdict(chosen)}
+    distillation.claim(folder, made, resume=resume)
+    watched = None
+    if chosen.watch != "heldout":
+        watched = prepare(checkpoint, chosen.watch, length=chosen.length, windows=chosen.watch_windows or None)
+    loop = distillation.prepare(checkpoint, begin, windows_WT, watched, settings=chosen, tokens=tokens, seed=seed)
+    with progress("refining") as report:
+        tensors, position = distillation.distill(loop, folder, resume=resume, progress=report)
+    gguf_file.write_gguf(out, begin, tensors, file_type="q4_k", provenance=made | dataclasses.asdict(position))
+    result = {"file": str(out)} | _facts(out) | made | dataclasses.asdict(position)
+    result |= usage() | {"seconds": time.monotonic() - start}
+    distillation.finish(folder, result)
+    return result
+
+
 def evaluate(
     file: str | Path,
     *,
@@ -333,17 +390,31 @@ def _as_f32(checkpoint: Checkpoint) -> Iterator[Path]:
 def demo(out: str | Path = "runs/demo") -> dict[str, Any]:
     """Runs the pipeline on the embedded model: statistics, rounding, export, read back, evaluation.
 
+    Calibrates on a little of calib360 and evaluates on text of neither: the first conversations of heldout120 and
+    demo.txt. Rounding leaves out what a first run would mostly wait for the compiler for.
+
     Returns `files`: for each file that was written what `evaluate` says of it, and `seconds`.
 
     Raises:
       InputError: the folder cannot be written.
     """
     start = time.monotonic()
+    out = Path(out)
+    paths = {name: out / f"demo8.{kind}.gguf" for name, kind in _DEMO_FILES.items()}
+    convert(DEMO_MODEL, paths["BF16"], type="bf16")
+    convert(DEMO_MODEL, paths["Q4_K, plain rounding"], type="q4_k")
+    # A folder of statistics is made anew: a demonstration shows the whole way.
+    shutil.rmtree(out / "statistics", ignore_errors=True)
+    calibrate(DEMO_MODEL, out / "statistics", tokens=12_000, length=256)
+    quantize(DEMO_MODEL, paths["Q4_K, spectral"], statistics=out / "statistics", settings=_DEMO_SETTINGS)
+    checkpoint = open_model(DEMO_MODEL)
+    sequences = prepare(checkpoint, (DEFAULT_SUITE, SUITES / "demo.txt"), length=256, windows=16)
+    reference = load_model(checkpoint)
+    hidden = evaluation.hidden_states(reference, sequences)
     files = {}
-    for name, kind in (("BF16", "bf16"), ("Q4_K, plain rounding", "q4_k")):
-        path = Path(out) / f"demo8.{kind}.gguf"
-        convert(DEMO_MODEL, path, type=kind)
-        files[name] = evaluate(path, reference=DEMO_MODEL, text=SUITES / "demo.txt", length=256)
+    for name, path in paths.items():
+        scores = score_file(path, checkpoint, sequences, reference=reference, hidden=hidden)
+        files[name] = {"file": str(path)} | evaluation.summarize(scores, sequences) | _facts(path)
     return {"files": files, "seconds": time.monotonic() - start}
 
 
