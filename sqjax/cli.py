@@ -169,6 +169,48 @@ def quantize(
     return result, json, _file_table
 
 
+def refine(
+    model: Model,
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN.gguf")],
+    out: OutFile,
+    text: Text = (),
+    tokens: int = 1_000_000,
+    run: Path | None = None,
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = (),
+    seed: int = 0,
+    json: Json = False,
+) -> Shown:
+    """Distil the model into a Q4_K file of it, at the same size.
+
+    Args:
+        model: Hugging Face folder, hub id or GGUF file
+        file: pure Q4_K file to start from
+        out: file to write; its provenance goes beside it
+        text: what to distil on, may be given several times; the suite calib360 unless given
+        tokens: how many tokens to distil on; shorter text is read several times
+        run: folder for checkpoints and metrics; OUT.gguf.run unless given
+        resume: go on with an interrupted run
+        set: override a setting of configs/refine.toml, may be given several times
+        seed: of the order of the text
+        json: print one JSON object and nothing else
+    """
+    from sqjax import pipeline
+
+    result = pipeline.refine(
+        model,
+        file,
+        out,
+        text=text or pipeline.CALIBRATION_SUITE,
+        tokens=tokens,
+        run=run,
+        resume=resume,
+        settings=set,
+        seed=seed,
+    )
+    return result, json, _file_table
+
+
 def demo(out: Path = Path("runs/demo"), json: Json = False) -> Shown:
     """Run the pipeline on the embedded model.
 
@@ -186,6 +228,7 @@ COMMANDS: dict[str, Callable[..., Shown]] = {
     "convert": convert,
     "calibrate": calibrate,
     "quantize": quantize,
+    "refine": refine,
     "evaluate": evaluate,
     "inspect": inspect,
 }

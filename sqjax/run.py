@@ -4,8 +4,10 @@ import contextlib
 import datetime
 import hashlib
 import os
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,8 +58,8 @@ def sha256(path: str | Path) -> str:
 
 
 @contextlib.contextmanager
-def progress(description: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields a function of (done, total) that shows the share done and the time left on standard error.
+def progress(description: str) -> Iterator[Callable[..., None]]:
+    """Yields a function of (done, total, note="") that shows the share done and the time left on standard error.
 
     A terminal gets a bar; a log file gets a line every quarter of a minute.
     """
@@ -66,18 +68,40 @@ def progress(description: str) -> Iterator[Callable[[int, int], None]]:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(description, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+        with Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(description, total=None, note="")
+            yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=note)
         return
     start = last = time.monotonic()
 
-    def report(done: int, total: int) -> None:
+    def report(done: int, total: int, note: str = "") -> None:
         nonlocal last
         now = time.monotonic()
         if now - last >= _SECONDS_BETWEEN_LINES and 0 < done < total:
             left = datetime.timedelta(seconds=round((now - start) / done * (total - done)))
-            print(f"{description}: {done} of {total} ({done / total:.0%}), {left} left", file=sys.stderr, flush=True)
+            parts = [f"{description}: {done} of {total} ({done / total:.0%})", f"{left} left", *filter(None, (note,))]
+            print(", ".join(parts), file=sys.stderr, flush=True)
             last = now
 
     yield report
+
+
+@contextlib.contextmanager
+def interruption() -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether SIGINT has come, so that a step is completed; the second one interrupts."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    asked = []
+
+    def note(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        print("interrupted: what is done is saved first", file=sys.stderr, flush=True)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -17,7 +17,8 @@ gguf_file
 model
 statistics evaluation
 calibration runtime
-quantizer
+quantizer refinement
+distillation
 report
 pipeline
 sweep

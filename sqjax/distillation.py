@@ -1,0 +1,448 @@
+"""The loop of refinement: updates by gradient, a watch that keeps the best state, checkpoints, resumption.
+
+Letters: W windows, A micro-batches of an update, B windows of a micro-batch, T tokens of a window.
+
+A run folder holds `run.json` (what the run is made of), `checkpoints/` (by Orbax; each has the state, the best student
+and the position) and `metrics.jsonl` (a line an update). The windows of an update depend on the seed and the update
+alone, so that a run that was killed goes on to the same bits.
+
+References:
+  Kingma, Ba, Adam: A Method for Stochastic Optimization, 2015.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from jaxtyping import Float32, Int32, Int64
+
+from sqjax import evaluation
+from sqjax.checkpoint import Checkpoint
+from sqjax.config import ModelConfig, is_matrix
+from sqjax.evaluation import Sequences
+from sqjax.gguf_file import GGUFTensors
+from sqjax.model import Qwen35
+from sqjax.q4_k import Q4K
+from sqjax.refinement import Refinement, Student, harden_student, initial, kinds, model_loss, model_of, start_of
+from sqjax.run import InputError, atomic_path, interruption
+
+PADDING = -1
+_MOST_ROLLBACKS = 6
+# Tokens whose activations fit at once, where the device does not say how much memory it has.
+_MICRO_TOKENS = 2048
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# An update
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What an update changes: latent values and Adam's moments, float32."""
+
+    student: Student
+    moments: Any
+
+
+def optimizer_of(settings: Refinement) -> optax.GradientTransformation:
+    """Adam with a rate for each kind of latent value; kinds whose rate is zero keep no moments."""
+    adam = optax.scale_by_adam(settings.beta1, settings.beta2)
+    steps = {
+        kind: optax.chain(adam, optax.scale(-rate)) if rate else optax.set_to_zero()
+        for kind, rate in settings.rates.items()
+    }
+    return optax.multi_transform(steps, kinds)
+
+
+@functools.cache
+def make_update(config: ModelConfig, settings: Refinement) -> Callable[..., tuple[State, jax.Array]]:
+    """Returns the jitted update(state, teacher, start, tokens_ABT, weight_ABT, multiplier) -> (state, mean KL).
+
+    The weights are formed once and gradients summed over micro-batches in float32 before they are pulled back to the
+    latent values; the state's buffers are reused.
+    """
+    optimizer, dtype = optimizer_of(settings), settings.compute_dtype
+    loss_of = functools.partial(model_loss, chunk=settings.chunk, remat=settings.remat)
+    # Sums in an order of their own would make two runs differ in their last bits.
+    options = {"xla_gpu_deterministic_ops": True} if jax.default_backend() == "gpu" else None
+
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=options)
+    def update(state, teacher, start, tokens_ABT, weight_ABT, multiplier):
+        model, pull_back = jax.vjp(lambda student: model_of(config, student, start, dtype), state.student)
+
+        def add(sums, micro_batch):
+            sums = jax.tree.map(
+                lambda total, new: total + new.astype(jnp.float32),
+                sums,
+                jax.value_and_grad(loss_of)(model, teacher, *micro_batch),
+            )
+            return sums, None
+
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), model)
+        (loss, gradient), _ = jax.lax.scan(add, (jnp.float32(0.0), zeros), (tokens_ABT, weight_ABT))
+        gradient = jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), gradient, model)
+        # Adam's bias correction raises a float to an integer power.
+        with jax.numpy_dtype_promotion("standard"):
+            changes, moments = optimizer.update(pull_back(gradient)[0], state.moments)
+        student = jax.tree.map(lambda leaf, change: leaf + multiplier * change, state.student, changes)
+        return State(student, moments), loss
+
+    return update
+
+
+def rows_of_update(seed: int, step: int, batch: int, total: int) -> Int64[np.ndarray, "B"]:
+    """Indices of the windows of an update: pass after pass over all of them, each in an order of its own."""
+    passes, places = np.divmod(np.arange(step * batch, (step + 1) * batch), total)
+    orders = {number: np.random.default_rng((seed, int(number))).permutation(total) for number in np.unique(passes)}
+    return np.array([orders[number][place] for number, place in zip(passes, places)])
+
+
+def micro_batches(config: ModelConfig, settings: Refinement) -> int:
+    """Chooses how many micro-batches an update is summed over: a divisor of its windows per device."""
+    devices = len(jax.devices())
+    if settings.batch % devices:
+        raise InputError(f"{settings.batch} windows cannot be shared by {devices} devices; set batch to a multiple")
+    rows = settings.batch // devices
+    if settings.accumulate:
+        if rows % settings.accumulate:
+            raise InputError(f"{rows} windows a device are no {settings.accumulate} micro-batches; set another number")
+        return settings.accumulate
+    statistics = jax.devices()[0].memory_stats() or {}
+    tokens = _MICRO_TOKENS
+    if limit := statistics.get("bytes_limit"):
+        # float32 residuals of all layers and, under remat, the dozen wide arrays of one block and their gradients.
+        wide = config.intermediate_size + config.hidden_size + config.conv_channels
+        per_token = 4 * (config.num_hidden_layers * config.hidden_size + 24 * wide)
+        state = 32 * sum(math.prod(shape) for shape in config.tensor_shapes().values())
+        logits = 24 * settings.chunk * config.vocab_size
+        tokens = max(settings.length, int((0.8 * limit - state - logits) / per_token))
+    return next(a for a in range(1, rows + 1) if rows % a == 0 and (rows // a * settings.length <= tokens or a == rows))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """How far a run is: watched KLs, updates done, the factor on its rates and since when, looks without a new best."""
+
+    start_kl: float
+    best_kl: float
+    step: int = 0
+    factor: float = 1.0
+    restarted: int = 0
+    best_step: int = 0
+    stale: int = 0
+    rollbacks: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What stays the same in a run; `update` and `watch` are functions on the device."""
+
+    config: ModelConfig
+    settings: Refinement
+    seed: int
+    windows_WT: Int32[np.ndarray, "W T"]
+    multiplier_U: Float32[np.ndarray, "U"]
+    start: Student
+    accumulate: int
+    update: Callable[[State, jax.Array, jax.Array, jax.Array], tuple[State, jax.Array]]
+    watch: Callable[[Student], float]
+
+    @property
+    def updates(self) -> int:
+        """Updates of the whole run."""
+        return len(self.multiplier_U)
+
+    def state_of(self, student: Student) -> State:
+        """Returns a student on the device, with moments of zero."""
+        student = jax.tree.map(jnp.array, student)
+        state = State(student, optimizer_of(self.settings).init(student))
+        # Placed like what an update returns, or the second update would be compiled again.
+        return jax.device_put(state, _placement(jax.P()))
+
+    def batch(self, step: int) -> tuple[jax.Array, jax.Array]:
+        """Returns tokens and weights [A, B, T] of an update; weights sum to one, those of padding are zero."""
+        rows = self.windows_WT[rows_of_update(self.seed, step, self.settings.batch, len(self.windows_WT))]
+        rows = rows.reshape(self.accumulate, -1, rows.shape[-1])
+        mask = (rows != PADDING).astype(np.float32)
+        batch = (np.maximum(rows, 0), mask / max(float(mask.sum()), 1.0))
+        return jax.device_put(batch, _placement(jax.P(None, "data")))
+
+    def finished(self, position: Position) -> bool:
+        """Whether all updates are done, or further ones have no prospect."""
+        patience = self.settings.patience
+        hopeless = position.rollbacks > _MOST_ROLLBACKS or (patience and position.stale >= patience)
+        return position.step >= self.updates or bool(hopeless)
+
+
+def _placement(spec: jax.sharding.PartitionSpec) -> jax.sharding.NamedSharding:
+    mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    return jax.sharding.NamedSharding(mesh, spec)
+
+
+def hold_out(windows_WT: Int32[np.ndarray, "W T"], count: int) -> tuple[Int32[np.ndarray, "W T"], Sequences]:
+    """Splits windows into those to train on and the last `count` (0 for a sixteenth), to watch.
+
+    Raises:
+      InputError: nothing would be left to train on.
+    """
+    count = count or max(1, len(windows_WT) // 16)
+    if count >= len(windows_WT):
+        raise InputError(f"{count} of {len(windows_WT)} windows are to be held out; give more text")
+    rows = [row[row != PADDING] for row in windows_WT[-count:]]
+    return windows_WT[:-count], Sequences(tuple(rows), ("heldout",) * count, (None,) * count)
+
+
+def start_tensors(file: Checkpoint, config: ModelConfig) -> dict[str, Q4K | np.ndarray]:
+    """Reads what refinement starts from: the codes and scales of a file's matrices, and its vectors.
+
+    Raises:
+      InputError: it is no pure Q4_K file, or one of another model.
+    """
+    if not isinstance(file.tensors, GGUFTensors) or file.config.tensor_shapes() != config.tensor_shapes():
+        raise InputError(f"{file.name} has other tensors than the model; give a Q4_K file that was made from it")
+    matrices = {name for name, shape in config.tensor_shapes().items() if is_matrix(name, shape)}
+    return {name: file.tensors.codes(name) if name in matrices else file.tensors[name] for name in file.tensors}
+
+
+def prepare(
+    checkpoint: Checkpoint,
+    file: Checkpoint,
+    windows_WT: Int32[np.ndarray, "W T"],
+    watched: Sequences | None,
+    *,
+    settings: Refinement,
+    tokens: int = 0,
+    seed: int = 0,
+) -> Run:
+    """Puts the teacher and the file's tensors on the devices, replicated; batches will be shared among them.
+
+    Args:
+      checkpoint: the teacher.
+      file: pure Q4_K file of it.
+      windows_WT: what to distil on, padded with -1.
+      watched: what the best state is chosen by; some of the windows are held out where it is None.
+      settings: how.
+      tokens: to distil on, where the settings do not state a number of updates.
+      seed: of the order of windows.
+
+    Raises:
+      InputError: the file belongs to another model, or the windows cannot be shared as the settings ask.
+    """
+    config, dtype = checkpoint.config, settings.compute_dtype
+    if watched is None:
+        windows_WT, watched = hold_out(windows_WT, settings.watch_windows)
+    updates = settings.updates or max(1, -(-tokens // (settings.batch * settings.length)))
+    accumulate = micro_batches(config, settings)
+    start = start_of(config, start_tensors(file, config))
+    teacher = Qwen35.from_tensors(config, checkpoint.tensors, dtype=dtype)
+    teacher, start = jax.device_put((teacher, start), _placement(jax.P()))
+    update = make_update(config, settings)
+    hidden = evaluation.hidden_states(teacher, watched)
+    materialize = jax.jit(lambda student, start: model_of(config, student, start, dtype))
+
+    def watch(student: Student) -> float:
+        scores = evaluation.score(teacher, materialize(student, start), watched, hidden=hidden)
+        return float(scores.kl.astype(np.float64).mean())
+
+    def step(state, tokens_ABT, weight_ABT, multiplier):
+        return update(state, teacher, start, tokens_ABT, weight_ABT, multiplier)
+
+    return Run(config, settings, seed, windows_WT, settings.multipliers(updates), start, accumulate, step, watch)
+
+
+def advance(
+    run: Run, state: State, best: Student, position: Position
+) -> tuple[State, Student, Position, dict[str, Any]]:
+    """Does one update, looks at the watched text when that is due, and rolls back what went wrong.
+
+    Returns the new state, the best student (on the host), the position and the line for the metrics. A KL that is not
+    finite, or beyond `divergence` times the best, brings the best student back, with half the rates, moments of zero
+    and a new warm-up; the data goes on.
+    """
+    settings = run.settings
+    warm = min(1.0, (position.step - position.restarted + 1) / max(settings.warmup, 1)) if position.restarted else 1.0
+    multiplier = float(run.multiplier_U[position.step]) * position.factor * warm
+    state, loss = run.update(state, *run.batch(position.step), jnp.float32(multiplier))
+    loss = float(loss)
+    position = dataclasses.replace(position, step=position.step + 1)
+    record = {"step": position.step, "kl": loss if math.isfinite(loss) else None, "multiplier": multiplier}
+    fault = None if math.isfinite(loss) else f"the KL of update {position.step} is {loss}"
+    if fault is None and (position.step % settings.watch_every == 0 or position.step >= run.updates):
+        kl = run.watch(state.student)
+        record["watched_kl"] = kl if math.isfinite(kl) else None
+        if not kl <= settings.divergence * position.best_kl + 1e-6:
+            fault = f"the watched KL is {kl:.5g} after {position.step} updates, its best {position.best_kl:.5g}"
+        elif kl < position.best_kl:
+            best = to_host(state.student)
+            position = dataclasses.replace(position, best_kl=kl, best_step=position.step, stale=0)
+        else:
+            position = dataclasses.replace(position, stale=position.stale + 1)
+    if fault is not None:
+        print(f"{fault}: going back to update {position.best_step} with half the rates", file=sys.stderr, flush=True)
+        record["rolled_back_to"] = position.best_step
+        state = run.state_of(best)
+        position = dataclasses.replace(
+            position, factor=position.factor / 2, restarted=position.step, rollbacks=position.rollbacks + 1
+        )
+    return state, best, position, record
+
+
+def to_host(tree: Any) -> Any:
+    """Copies a pytree's arrays to the host; the copies share no memory with buffers that are to be reused."""
+    return jax.tree.map(lambda leaf: np.array(jax.device_get(leaf)), tree)
+
+
+def distill(
+    run: Run,
+    folder: Path,
+    *,
+    resume: bool = False,
+    progress: Callable[..., None] = lambda done, total, note="": None,
+) -> tuple[dict[str, Q4K | np.ndarray], Position]:
+    """Carries a run through, or on from its last checkpoint, and returns the tensors of the file.
+
+    `progress` is called after each update with the updates done, their total and a line about the state. An
+    interruption (SIGINT) ends the update, saves a checkpoint and raises KeyboardInterrupt.
+
+    Raises:
+      InputError: the watched KL of the start is not finite.
+    """
+    settings = run.settings
+    with _checkpoints(folder, settings.checkpoints) as manager, interruption() as is_asked:
+        state, best, position = _begin(run, manager, resume)
+        with _metrics(folder, position.step) as write:
+            began, first = time.monotonic(), position.step
+            while not run.finished(position):
+                state, best, position, record = advance(run, state, best, position)
+                if position.step == first + 1:
+                    # The first update of a process compiles; the rate is that of the others.
+                    began = time.monotonic()
+                speed = (position.step - first - 1) / max(time.monotonic() - began, 1e-9)
+                record["tokens"] = position.step * settings.batch * run.windows_WT.shape[1]
+                record["tokens_per_second"] = speed * settings.batch * run.windows_WT.shape[1]
+                write(record)
+                stop = is_asked()
+                if stop or run.finished(position) or position.step % settings.checkpoint_every == 0:
+                    _save(manager, state, best, position)
+                if stop:
+                    print(f"stopped after {position.step} of {run.updates} updates; --resume goes on", file=sys.stderr)
+                    raise KeyboardInterrupt
+                progress(position.step, run.updates, _note(record, position))
+        manager.wait_until_finished()
+    chosen = best if settings.keep_best else state.student
+    harden = jax.jit(functools.partial(harden_student, run.config))
+    tensors = harden(jax.tree.map(jnp.asarray, chosen), run.start)
+    return {name: jax.tree.map(np.asarray, tensor) for name, tensor in tensors.items()}, position
+
+
+def _note(record: Mapping[str, Any], position: Position) -> str:
+    kl = "not finite" if record["kl"] is None else f"{record['kl']:.5f}"
+    parts = [f"KL {kl}", f"watched {position.best_kl:.5f} at {position.best_step}"]
+    if record["tokens_per_second"]:
+        parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
+    if used := (jax.devices()[0].memory_stats() or {}).get("bytes_in_use"):
+        parts.append(f"{used / (1 << 30):.1f} GiB")
+    return ", ".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files and signals
+
+
+def _checkpoints(folder: Path, count: int) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(max_to_keep=count, create=True)
+    return ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
+
+
+def _begin(run: Run, manager: ocp.CheckpointManager, resume: bool) -> tuple[State, Student, Position]:
+    """The start, or the last checkpoint."""
+    state = run.state_of(jax.jit(initial)(run.start))
+    if not resume or manager.latest_step() is None:
+        kl = run.watch(state.student)
+        if not math.isfinite(kl):
+            raise InputError(f"the KL of the file that is to be refined is {kl}; give one that works")
+        return state, to_host(state.student), Position(start_kl=kl, best_kl=kl)
+    shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)  # noqa: E731
+    trees = {"state": state, "best": state.student}
+    targets = {name: ocp.args.StandardRestore([*map(shape, jax.tree.leaves(tree))]) for name, tree in trees.items()}
+    found = manager.restore(manager.latest_step(), args=ocp.args.Composite(position=ocp.args.JsonRestore(), **targets))
+    state, best = (jax.tree.structure(tree).unflatten(found[name]) for name, tree in trees.items())
+    return jax.device_put(state, _placement(jax.P())), to_host(best), Position(**found["position"])
+
+
+def _save(manager: ocp.CheckpointManager, state: State, best: Student, position: Position) -> None:
+    """Starts writing a checkpoint; the arrays are copied first, since the next update reuses their memory."""
+    if manager.latest_step() == position.step:
+        return
+    arguments = ocp.args.Composite(
+        state=ocp.args.StandardSave(jax.tree.leaves(to_host(state))),
+        best=ocp.args.StandardSave(jax.tree.leaves(best)),
+        position=ocp.args.JsonSave(dataclasses.asdict(position)),
+    )
+    manager.save(position.step, args=arguments)
+
+
+def claim(folder: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
+    """Writes what a run is made of, or checks that the run to be resumed is made of the same.
+
+    A finished run, known by its `result.json`, gives way to a new one.
+
+    Raises:
+      InputError: the folder holds an unfinished run and `resume` is not set, or a run of something else and it is.
+    """
+    record = folder / "run.json"
+    text = json.dumps(identity, indent=1, sort_keys=True)
+    if not resume and (folder / "result.json").exists():
+        for name in ("result.json", "run.json", "metrics.jsonl"):
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if record.exists():
+        if not resume:
+            raise InputError(f"{folder} holds an unfinished run; --resume goes on with it, another --run begins anew")
+        if record.read_text(encoding="utf-8") != text:
+            raise InputError(f"{folder} holds a run with another model, text or setting; choose another --run")
+        return
+    with atomic_path(record) as path:
+        path.write_text(text, encoding="utf-8")
+
+
+def finish(folder: Path, result: Mapping[str, Any]) -> None:
+    """Writes what came of a run, which may from now on be replaced by a new one."""
+    with atomic_path(folder / "result.json") as path:
+        path.write_text(json.dumps(dict(result), indent=1), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _metrics(folder: Path, step: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Yields a function that appends a line; lines of updates that are about to be done again are dropped."""
+    path = folder / "metrics.jsonl"
+    if path.exists():
+        # The last line is cut off where the process was killed while it wrote.
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if json.loads(line)["step"] <= step]
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    with path.open("a", encoding="utf-8") as file:
+
+        def write(record: Mapping[str, Any]) -> None:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+            file.flush()
+
+        yield write

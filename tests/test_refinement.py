@@ -1,0 +1,331 @@
+"""Distillation into the format: its loss, its gradients and the identity of what is trained with what is written."""
+
+import dataclasses
+import json
+import os
+import signal
+import tomllib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_checkpoint import RUNNABLE, write
+
+import sqjax
+from sqjax import distillation, pipeline, refinement, scales
+from sqjax.checkpoint import load_checkpoint
+from sqjax.evaluation import Sequences
+from sqjax.gguf_file import read_gguf, write_gguf
+from sqjax.q4_k import Q4K, dequantize, valid
+from sqjax.refinement import Refinement
+from sqjax.settings import read_settings
+
+SMALL = {
+    "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"],
+    "full_attention_interval": 2,
+    "intermediate_size": 256,
+}
+# One update sees every window, in two micro-batches; the watched text is that of training, less what is held out.
+SETTINGS = {"length": 32, "batch": 4, "accumulate": 2, "chunk": 48, "warmup": 2, "watch": "heldout", "watch_windows": 2}
+SETTINGS |= {"watch_every": 3, "checkpoint_every": 2, "updates": 12}
+
+
+def random_q4k(rows=6, columns=512, seed=0):
+    weight_OI = np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
+    return jax.tree.map(jnp.asarray, scales.round_to_nearest(weight_OI))
+
+
+def moved(values, spread, seed=1):
+    """Latent values away from the centres of their cells."""
+    generator = np.random.default_rng(seed)
+    unit = {"codes_OI": 1.0, "scales_OSG": 1.0, "mins_OSG": 1.0, "d_OS": 0.05, "dmin_OS": 0.05}
+    return refinement.Latent(
+        **{
+            name: leaf + (spread * unit[name] * generator.standard_normal(leaf.shape)).astype(np.float32)
+            for name in unit
+            for leaf in (getattr(values, name),)
+        }
+    )
+
+
+def equal(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+# ---- one matrix
+
+
+def test_the_centres_of_cells_harden_to_the_solution():
+    q = random_q4k()
+    assert equal(refinement.harden(refinement.latent(q), q), q)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.4, 30.0])
+def test_weights_are_those_of_the_hardened_values_to_the_bit(spread):
+    q = random_q4k()
+    values = moved(refinement.latent(q), spread)
+    hard = refinement.harden(values, q)
+    assert valid(hard) and equal(hard, q) == (spread == 0.0)
+    np.testing.assert_array_equal(jax.jit(refinement.weights)(values, q), dequantize(hard))
+
+
+def test_gradients_are_those_of_the_equation_at_the_rounded_values():
+    q = random_q4k()
+    values = moved(refinement.latent(q), 0.3)
+    hard = refinement.harden(values, q)
+    slope_OI = np.random.default_rng(2).standard_normal(q.shape).astype(np.float32)
+    found = jax.grad(lambda values: jnp.vdot(jnp.asarray(slope_OI), refinement.weights(values, q)))(values)
+    slope = slope_OI.reshape(hard.codes_OSGN.shape)
+    d, dmin, s, m, u = (np.asarray(leaf, np.float32) for leaf in jax.tree.leaves(hard))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # noqa: E731
+    close(found.codes_OI, (slope * (d[..., None] * s)[..., None]).reshape(q.shape))
+    close(found.scales_OSG, d[..., None] * (slope * u).sum(-1))
+    close(found.mins_OSG, -dmin[..., None] * slope.sum(-1))
+    close(found.d_OS, np.asarray(q.d_OS, np.float32) * (s * (slope * u).sum(-1)).sum(-1))
+    close(found.dmin_OS, -np.asarray(q.dmin_OS, np.float32) * (m * slope.sum(-1)).sum(-1))
+
+
+# ---- the loss
+
+
+def direct_loss(student_ND, table_VD, teacher_ND, teacher_table_VD, weight_N):
+    logits = [
+        jnp.matmul(a, b.T, precision="highest") for a, b in ((student_ND, table_VD), (teacher_ND, teacher_table_VD))
+    ]
+    log_q, log_p = map(jax.nn.log_softmax, logits)
+    return jnp.sum(weight_N * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 24, 64])
+def test_loss_and_gradients_equal_those_of_full_logits(chunk):
+    generator = np.random.default_rng(3)
+    draw = lambda *shape: jnp.asarray(generator.standard_normal(shape), jnp.float32)  # noqa: E731
+    teacher_ND, teacher_table_VD = draw(24, 16), draw(50, 16)
+    student_ND, table_VD = teacher_ND + 0.3 * draw(24, 16), teacher_table_VD + 0.3 * draw(50, 16)
+    weight_N = jnp.asarray(generator.random(24), jnp.float32).at[5:9].set(0.0)
+    rest = (teacher_ND, teacher_table_VD, weight_N)
+    # A cotangent that is not one, as under an outer mean.
+    ours = jax.value_and_grad(lambda h, t: 3.0 * refinement.distillation_loss(h, t, *rest, chunk), (0, 1))
+    direct = jax.value_and_grad(lambda h, t: 3.0 * direct_loss(h, t, *rest), (0, 1))
+    for found, expected in zip(
+        jax.tree.leaves(ours(student_ND, table_VD)), jax.tree.leaves(direct(student_ND, table_VD))
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+# ---- the student
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    write(folder, **(RUNNABLE | SMALL))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"{i} times {i} is {i * i}, and so on; " for i in range(200)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def q4_k(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("files") / "start.gguf"
+    sqjax.convert(model, path)
+    return path
+
+
+def prepared(model, file, **changes):
+    """A run on eight random windows, one of them padded, which are also watched."""
+    windows_WT = np.random.default_rng(4).integers(0, 512, (8, 32)).astype(np.int32)
+    settings = Refinement(**(SETTINGS | changes))
+    padded_WT = windows_WT.copy()
+    padded_WT[0, 20:] = distillation.PADDING
+    watched = Sequences.of_windows(windows_WT)
+    return distillation.prepare(load_checkpoint(model), read_gguf(file), padded_WT, watched, settings=settings)
+
+
+@pytest.fixture(scope="module")
+def run(model, q4_k):
+    return prepared(model, q4_k)
+
+
+def test_the_student_begins_as_the_file(run, q4_k):
+    file = read_gguf(q4_k)
+    tensors = refinement.harden_student(run.config, refinement.initial(run.start), run.start)
+    assert tensors.keys() == run.config.tensor_shapes().keys()
+    for name, tensor in tensors.items():
+        assert equal(tensor, file.tensors.codes(name) if isinstance(tensor, Q4K) else file.tensors[name]), name
+    model = refinement.model_of(run.config, refinement.initial(run.start), run.start).to_tensors()
+    assert all(np.array_equal(model[name], file.tensors[name]) for name in model)
+
+
+def test_micro_batches_sum_to_the_batch(tmp_path):
+    """The gradient, which moments of the first update are in proportion to, does not depend on the split."""
+    single = {"num_hidden_layers": 1, "layer_types": ["full_attention"], "full_attention_interval": 1}
+    write(tmp_path / "single", **(RUNNABLE | SMALL | single))
+    sqjax.convert(tmp_path / "single", tmp_path / "single.gguf")
+    results = []
+    for accumulate in (1, 2):
+        run = prepared(tmp_path / "single", tmp_path / "single.gguf", accumulate=accumulate)
+        state, loss = run.update(run.state_of(refinement.initial(run.start)), *run.batch(0), jnp.float32(0.0))
+        results.append((loss, jax.tree.leaves(state.moments)))
+    for two, one in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(two, one, rtol=2e-3, atol=1e-4 * float(jnp.max(jnp.abs(one))) + 1e-12)
+
+
+def test_every_pass_reads_every_window_once_in_an_order_of_its_own():
+    rows = [distillation.rows_of_update(5, step, 4, 6) for step in range(6)]
+    passes = np.concatenate(rows).reshape(4, 6)
+    assert (np.sort(passes, axis=1) == np.arange(6)).all() and len(np.unique(passes, axis=0)) > 1
+    assert np.array_equal(rows[3], distillation.rows_of_update(5, 3, 4, 6))
+    assert not np.array_equal(passes, np.concatenate([distillation.rows_of_update(6, s, 4, 6) for s in range(6)]))
+
+
+@pytest.mark.parametrize("schedule", sorted(refinement.SCHEDULES))
+def test_rates_rise_and_then_do_not(schedule):
+    rates = Refinement(schedule=schedule, warmup=10).multipliers(100)
+    assert len(rates) == 100 and rates.max() == 1.0 and rates.argmax() == 10 and (np.diff(rates[:11]) > 0).all()
+    assert (np.diff(rates[10:]) <= 0).all() and (schedule == "constant" or 0 < rates[-1] < 0.02)
+
+
+# ---- the loop
+
+
+@pytest.fixture(scope="module")
+def finished(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return *distillation.distill(run, folder), folder
+
+
+def test_a_run_lowers_the_divergence_and_writes_what_it_watched(model, q4_k, run, finished, tmp_path):
+    tensors, position, folder = finished
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert position.start_kl == run.watch(refinement.initial(run.start))
+    watched = {line["step"]: line["watched_kl"] for line in lines if "watched_kl" in line}
+    assert watched.keys() == {3, 6, 9, 12} and min(watched.values()) == position.best_kl < 0.95 * position.start_kl
+    # Read back, the tensors that were returned have the KL that was watched.
+    write_gguf(tmp_path / "out.gguf", read_gguf(q4_k), tensors, file_type="q4_k")
+    again = prepared(model, tmp_path / "out.gguf")
+    assert again.watch(refinement.initial(again.start)) == pytest.approx(position.best_kl, rel=1e-5)
+
+
+class Killed(Exception):
+    """Stands for kill -9: nothing of the loop's own runs after it."""
+
+
+@pytest.mark.parametrize("last", [1, 5, 12])
+def test_a_killed_run_goes_on_to_the_same_bits(run, finished, last, tmp_path):
+    def kill(done, total, note=""):
+        if done == last:
+            raise Killed
+
+    with pytest.raises(Killed):
+        distillation.distill(run, tmp_path, progress=kill)
+    tensors, position = distillation.distill(run, tmp_path, resume=True)
+    expected, expected_position, folder = finished
+    assert position == expected_position and all(equal(tensors[name], expected[name]) for name in expected)
+    kept = ("step", "kl", "watched_kl", "multiplier")
+    curves = [
+        [[json.loads(line).get(key) for key in kept] for line in (place / "metrics.jsonl").read_text().splitlines()]
+        for place in (folder, tmp_path)
+    ]
+    assert curves[0] == curves[1]
+
+
+def test_an_interruption_completes_and_keeps_the_update(run, finished, tmp_path, capsys):
+    def interrupt(done, total, note=""):
+        if done == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        distillation.distill(run, tmp_path, progress=interrupt)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name == "4"]
+    assert "stopped after 4 of 12" in capsys.readouterr().err
+    tensors, position = distillation.distill(run, tmp_path, resume=True)
+    assert position == finished[1] and all(equal(tensors[name], finished[0][name]) for name in tensors)
+
+
+def test_a_state_that_is_not_finite_is_rolled_back_with_half_the_rates(run, tmp_path, capsys):
+    calls = []
+
+    def poison(state):
+        return dataclasses.replace(state, student=jax.tree.map(lambda leaf: leaf * jnp.nan, state.student))
+
+    def poisoned(state, *rest):
+        calls.append(rest)
+        state, loss = run.update(state, *rest)
+        return (poison(state) if len(calls) == 5 else state), loss
+
+    _, position = distillation.distill(dataclasses.replace(run, update=poisoned), tmp_path)
+    assert (position.rollbacks, position.factor, position.step, len(calls)) == (1, 0.5, 12, 12)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line.get("rolled_back_to") is not None] == [6] and lines[5]["kl"] is None
+    assert lines[5]["rolled_back_to"] == 3 and "half the rates" in capsys.readouterr().err
+    assert lines[11]["multiplier"] == pytest.approx(0.5 * run.multiplier_U[11])
+    assert position.best_kl < position.start_kl
+
+
+def test_a_diverging_run_ends_with_what_was_best(run, tmp_path, capsys):
+    def hasty(state, tokens_ABT, weight_ABT, multiplier):
+        return run.update(state, tokens_ABT, weight_ABT, 300.0 * multiplier)
+
+    wild = dataclasses.replace(run, update=hasty, settings=dataclasses.replace(run.settings, watch_every=1))
+    tensors, position = distillation.distill(wild, tmp_path)
+    assert position.rollbacks > 1 and "the watched KL" in capsys.readouterr().err
+    assert position.best_kl <= run.watch(refinement.initial(run.start))
+    assert position.best_step > 0 or equal(refinement.start_of(run.config, tensors), run.start)
+
+
+# ---- the command
+
+
+def test_the_command_writes_a_better_file_of_the_same_size(model, q4_k, text, tmp_path):
+    settings = [f"{key}={value}" for key, value in SETTINGS.items()]
+    out = tmp_path / "out.gguf"
+    options = {"text": text, "tokens": 1000, "settings": settings}
+    result = sqjax.refine(model, q4_k, out, **options)
+    assert out.stat().st_size == q4_k.stat().st_size and result["types"] == sqjax.inspect(q4_k)["types"]
+    before, after = (sqjax.evaluate(f, reference=model, text=text, length=32, windows=16)["kl"] for f in (q4_k, out))
+    assert after < before
+    assert json.loads((tmp_path / "out.gguf.json").read_text())["start_sha256"] == sqjax.inspect(q4_k)["sha256"]
+    assert sqjax.refine(model, q4_k, out, resume=True, **options)["sha256"] == result["sha256"]
+    with pytest.raises(sqjax.InputError, match="another model, text or setting"):
+        sqjax.refine(model, q4_k, out, resume=True, **(options | {"tokens": 2000}))
+
+
+def test_an_unfinished_run_is_not_overwritten(tmp_path):
+    distillation.claim(tmp_path, {"seed": 0}, resume=False)
+    distillation.claim(tmp_path, {"seed": 0}, resume=True)
+    with pytest.raises(sqjax.InputError, match="unfinished run"):
+        distillation.claim(tmp_path, {"seed": 0}, resume=False)
+    distillation.finish(tmp_path, {})
+    distillation.claim(tmp_path, {"seed": 1}, resume=False)
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_the_start_is_a_pure_q4_k_file_of_the_model(model, tmp_path):
+    sqjax.convert(model, tmp_path / "bf16.gguf", type="bf16")
+    with pytest.raises(sqjax.InputError, match="pure Q4_K"):
+        prepared(model, tmp_path / "bf16.gguf")
+    write(tmp_path / "other", **(RUNNABLE | SMALL | {"intermediate_size": 512}))
+    sqjax.convert(tmp_path / "other", tmp_path / "other.gguf")
+    with pytest.raises(sqjax.InputError, match="other tensors"):
+        prepared(model, tmp_path / "other.gguf")
+
+
+def test_the_configuration_holds_the_defaults():
+    path = next(folder for folder in pipeline.CONFIGS if folder.exists()) / "refine.toml"
+    assert read_settings(Refinement, path) == Refinement()
+    assert set(tomllib.loads(path.read_text())) == {field.name for field in dataclasses.fields(Refinement)}
+
+
+@pytest.mark.parametrize("wrong", [{"schedule": "step"}, {"dtype": "f16"}, {"batch": 0}])
+def test_wrong_settings_are_refused(wrong):
+    with pytest.raises(sqjax.InputError, match=next(iter(wrong))):
+        Refinement(**wrong)
