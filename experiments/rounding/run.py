@@ -60,9 +60,7 @@ def main():
                 row |= {key: made[key] for key in ("file_bytes", "bits_per_weight", "sha256", "seconds", "device")}
                 row["statistics_seconds"] = measured["seconds"]
                 for text, sequence in sequences.items():
-                    scores = pipeline.score_file(
-                        file, checkpoint, sequence, reference=reference, hidden=hidden[text]
-                    )
+                    scores = pipeline.score_file(file, checkpoint, sequence, reference=reference, hidden=hidden[text])
                     summary = evaluation.summarize(scores, sequence)
                     row[text] = {key: summary[key] for key in ("kl", "kl_interval", "top1", "gap", "tokens")}
                     if name == "rtn":
@@ -70,7 +68,9 @@ def main():
                 row["ratio"] = {text: row[text]["kl"] / plain[text] for text in sequences if text in plain}
                 with open(args.out, "a", encoding="utf-8") as out:
                     out.write(json.dumps(row) + "\n")
-                ratios = " ".join(f"{text.removeprefix('heldout_')} {ratio:.3f}" for text, ratio in row["ratio"].items())
+                ratios = " ".join(
+                    f"{text.removeprefix('heldout_')} {ratio:.3f}" for text, ratio in row["ratio"].items()
+                )
                 say(f"{recipe} seed {seed}: {made['seconds']:.0f} s, {ratios}")
 
 
