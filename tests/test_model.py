@@ -230,12 +230,14 @@ def tiny_gradient(dtype, remat=False):
     return by_model.to_tensors(), by_factor
 
 
+@pytest.mark.slow
 def test_recomputing_blocks_changes_no_gradient():
     for name, expected in tiny_gradient(jnp.float32)[0].items():
         found = tiny_gradient(jnp.float32, remat=True)[0][name]
         np.testing.assert_allclose(found, expected, atol=1e-5 * float(jnp.abs(expected).max()), err_msg=name)
 
 
+@pytest.mark.slow
 def test_bfloat16_gradients_point_the_same_way():
     for name, found in tiny_gradient(jnp.bfloat16)[0].items():
         if is_matrix(name, found.shape):

@@ -102,6 +102,7 @@ def test_batch_order_does_not_change_input_grams(model):
                 np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_devices_do_not_change_the_grams(model, tmp_path):
     rows = windows(4)
     np.save(tmp_path / "rows.npy", rows)
