@@ -33,7 +33,7 @@ def main():
     start = time.monotonic()
     say = lambda *words: print(f"[{time.monotonic() - start:7.1f}]", *words, file=sys.stderr, flush=True)  # noqa: E731
     checkpoint = pipeline.open_model(args.model)
-    sequences = {Path(text).stem: prepare(checkpoint, text, args.windows) for text in args.text}
+    sequences = {Path(text).stem: pipeline.prepare(checkpoint, text, windows=args.windows) for text in args.text}
     reference = pipeline.load_model(checkpoint)
     hidden = {name: evaluation.hidden_states(reference, sequence) for name, sequence in sequences.items()}
     plain: dict[str, float] = {}
@@ -72,10 +72,6 @@ def main():
                     f"{text.removeprefix('heldout_')} {ratio:.3f}" for text, ratio in row["ratio"].items()
                 )
                 say(f"{recipe} seed {seed}: {made['seconds']:.0f} s, {ratios}")
-
-
-def prepare(checkpoint, text, windows):
-    return pipeline.prepare(checkpoint, text, windows=windows)
 
 
 if __name__ == "__main__":
