@@ -82,12 +82,12 @@ def evaluate(
         seed: of the bootstrap
         json: print one JSON object and nothing else
     """
-    from sqjax import pipeline
+    from sqjax import pipeline, sources
 
     result = pipeline.evaluate(
         file,
         reference=reference,
-        text=text or pipeline.DEFAULT_SUITE,
+        text=text or sources.DEFAULT_SUITE,
         length=length,
         windows=windows,
         runtime=runtime,
@@ -122,12 +122,12 @@ def calibrate(
         imatrix: also write the importance matrix to this file, in llama.cpp's GGUF format
         json: print one JSON object and nothing else
     """
-    from sqjax import pipeline
+    from sqjax import pipeline, sources
 
     result = pipeline.calibrate(
         model,
         out_dir,
-        text=text or pipeline.CALIBRATION_SUITE,
+        text=text or sources.CALIBRATION_SUITE,
         tokens=tokens,
         length=length,
         batch=batch,
@@ -195,13 +195,13 @@ def refine(
         seed: of the order of the text
         json: print one JSON object and nothing else
     """
-    from sqjax import pipeline
+    from sqjax import pipeline, sources
 
     result = pipeline.refine(
         model,
         file,
         out,
-        text=text or pipeline.CALIBRATION_SUITE,
+        text=text or sources.CALIBRATION_SUITE,
         tokens=tokens,
         run=run,
         resume=resume,

@@ -18,10 +18,10 @@ model
 statistics evaluation
 calibration runtime
 quantizer refinement
-distillation
-report
+distillation sources
+measuring report
+making
 pipeline
-sweep
 cli
 """
 RANK = {name: rank for rank, line in enumerate(LAYERS.split("\n")) for name in line.split()}

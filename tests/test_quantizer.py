@@ -7,7 +7,7 @@ import pytest
 import random_checkpoint
 
 import sqjax
-from sqjax import gguf_file, pipeline
+from sqjax import gguf_file, making, sources
 from sqjax.calibration import collect
 from sqjax.checkpoint import load_checkpoint
 from sqjax.model import Qwen35
@@ -104,14 +104,14 @@ def test_what_a_recipe_gets_wrong_is_named(tmp_path, measured):
         Recipe(steps=("polish",))
     with pytest.raises(InputError, match="starts with"):
         Recipe(steps=("descend_codes",))
-    with pytest.raises(InputError, match="there is no recipe best"):
-        pipeline.read_recipe("best")
+    with pytest.raises(InputError, match="no config best"):
+        making.read_recipe("best")
     with pytest.raises(InputError, match="no setting gama_in"):
-        pipeline.read_recipe("gptq", ["gama_in=1"])
+        making.read_recipe("gptq", ["gama_in=1"])
     with pytest.raises(InputError, match="gamma_in is 'high'"):
-        pipeline.read_recipe("gptq", ["gamma_in=high"])
-    assert pipeline.read_recipe("gptq", ["gamma_in=0.5"]).gamma_in == 0.5
+        making.read_recipe("gptq", ["gamma_in=high"])
+    assert making.read_recipe("gptq", ["gamma_in=0.5"]).gamma_in == 0.5
     with pytest.raises(InputError, match="needs statistics"):
         quantize(checkpoint.config, checkpoint.tensors, None, RECIPES["one-sided"])
     with pytest.raises(InputError, match="no complete statistics"):
-        sqjax.quantize(pipeline.DEMO_MODEL, tmp_path / "out.gguf", recipe="gptq", statistics=tmp_path)
+        sqjax.quantize(sources.DEMO_MODEL, tmp_path / "out.gguf", recipe="gptq", statistics=tmp_path)

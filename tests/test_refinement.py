@@ -13,7 +13,7 @@ import pytest
 from random_checkpoint import RUNNABLE, write
 
 import sqjax
-from sqjax import distillation, pipeline, refinement, scales
+from sqjax import distillation, refinement, scales, sources
 from sqjax.checkpoint import load_checkpoint
 from sqjax.evaluation import Sequences
 from sqjax.gguf_file import read_gguf, write_gguf
@@ -320,7 +320,7 @@ def test_the_start_is_a_pure_q4_k_file_of_the_model(model, tmp_path):
 
 
 def test_the_configuration_holds_the_defaults():
-    path = next(folder for folder in pipeline.CONFIGS if folder.exists()) / "refine.toml"
+    path = sources.find_config("refine")
     assert read_settings(Refinement, path) == Refinement()
     assert set(tomllib.loads(path.read_text())) == {field.name for field in dataclasses.fields(Refinement)}
 

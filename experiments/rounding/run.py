@@ -14,14 +14,14 @@ import time
 from pathlib import Path
 
 import sqjax
-from sqjax import evaluation, pipeline
+from sqjax import evaluation, measuring, sources
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--calibration", nargs="+", default=[pipeline.CALIBRATION_SUITE])
-    parser.add_argument("--text", nargs="+", default=[pipeline.DEFAULT_SUITE])
+    parser.add_argument("--calibration", nargs="+", default=[sources.CALIBRATION_SUITE])
+    parser.add_argument("--text", nargs="+", default=[sources.DEFAULT_SUITE])
     parser.add_argument("--recipes", nargs="+", default=["rtn", "imatrix", "gptq", "spectral"])
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -32,9 +32,9 @@ def main():
 
     start = time.monotonic()
     say = lambda *words: print(f"[{time.monotonic() - start:7.1f}]", *words, file=sys.stderr, flush=True)  # noqa: E731
-    checkpoint = pipeline.open_model(args.model)
-    sequences = {Path(text).stem: pipeline.prepare(checkpoint, text, windows=args.windows) for text in args.text}
-    reference = pipeline.load_model(checkpoint)
+    checkpoint = sources.open_model(args.model)
+    sequences = {Path(text).stem: measuring.prepare(checkpoint, text, windows=args.windows) for text in args.text}
+    reference = sources.load_model(checkpoint)
     hidden = {name: evaluation.hidden_states(reference, sequence) for name, sequence in sequences.items()}
     plain: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -60,7 +60,7 @@ def main():
                 row |= {key: made[key] for key in ("file_bytes", "bits_per_weight", "sha256", "seconds", "device")}
                 row["statistics_seconds"] = measured["seconds"]
                 for text, sequence in sequences.items():
-                    scores = pipeline.score_file(file, checkpoint, sequence, reference=reference, hidden=hidden[text])
+                    scores = measuring.score_file(file, checkpoint, sequence, reference=reference, hidden=hidden[text])
                     summary = evaluation.summarize(scores, sequence)
                     row[text] = {key: summary[key] for key in ("kl", "kl_interval", "top1", "gap", "tokens")}
                     if name == "rtn":
