@@ -28,6 +28,7 @@ def main():
     parser.add_argument("--windows", type=int, default=None, help="windows of each text; all unless given")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--out", default="results.jsonl")
+    parser.add_argument("--keep", help="folder for statistics and files; a temporary one unless given")
     args = parser.parse_args()
 
     start = time.monotonic()
@@ -37,9 +38,10 @@ def main():
     reference = sources.load_model(checkpoint)
     hidden = {name: evaluation.hidden_states(reference, sequence) for name, sequence in sequences.items()}
     plain: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.keep or scratch
         for seed in args.seeds:
-            statistics = Path(folder) / f"statistics{seed}"
+            statistics = Path(folder) / f"{checkpoint.name}.statistics{seed}"
             measured = sqjax.calibrate(
                 args.model, statistics, text=args.calibration, tokens=args.tokens, seed=seed, batch=args.batch
             )
@@ -48,7 +50,7 @@ def main():
                 name, _, settings = recipe.partition(":")
                 if name == "rtn" and seed != args.seeds[0]:
                     continue
-                file = Path(folder) / "student.gguf"
+                file = Path(folder) / f"{checkpoint.name}.{name}.{seed}.gguf"
                 made = sqjax.quantize(
                     args.model,
                     file,
