@@ -549,7 +549,7 @@ def main() -> None:
                 if left < 15:
                     write(out, {"section": name, "what": "not run: no time left"})
                     continue
-                peak_found = run_section(arguments, name, devices, left * SHARES[name], peak_found, out)
+                peak_found = run_section(arguments, name, devices, left * SHARES.get(name, 1.0), peak_found, out)
 
 
 if __name__ == "__main__":
