@@ -23,10 +23,11 @@ from jaxtyping import Float32, Int32
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from sqjax import mesh as meshes
 from sqjax.config import ModelConfig, is_matrix
 from sqjax.model import Qwen35
 from sqjax.run import InputError, atomic_path
-from sqjax.statistics import Statistics, Sums, accumulate, empty, input_name, means
+from sqjax.statistics import Statistics, Sums, accumulate, empty, folded, input_name, means, spread
 from sqjax.texts import Texts
 from sqjax.tokens import Tokenizer, encode_conversation, pack_windows
 
@@ -69,39 +70,46 @@ def collect(
     batch: int = 8,
     seed: int = 0,
     save_every: int = 32,
+    shard: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Sums:
-    """Sums Grams over windows, sharded over all devices along the batch.
+    """Sums Grams over windows, each batch shared by all devices of all hosts.
 
     With a `folder`, sums are checkpointed every `save_every` batches and a run that was interrupted is resumed: labels
-    depend on the seed and the number of the batch alone, so that the bits are those of an uninterrupted run.
+    depend on the seed and the number of the batch alone, so that the bits are those of an uninterrupted run. `shard`
+    devices share one copy of the weights and Grams.
     """
-    devices = jax.devices()
-    batch = -(-batch // len(devices)) * len(devices)
-    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    by_row = jax.sharding.NamedSharding(mesh, jax.P("data"))
-    everywhere = jax.sharding.NamedSharding(mesh, jax.P())
-    model, sums = jax.device_put((model, empty(model)), everywhere)
+    mesh = meshes.create(shard)
+    batch = -(-batch // mesh.size) * mesh.size
+    model = meshes.place(model, mesh, meshes.rows(model, mesh))
+    sums = spread(empty(model), mesh)
     total = -(-len(windows_WT) // batch)
     with _partial_sums(folder, save_every) as manager:
         first = 0
         if manager is not None and (first := manager.latest_step() or 0):
-            leaves, structure = jax.tree.flatten(sums)
-            target = ocp.args.StandardRestore([jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves])
-            sums = jax.device_put(structure.unflatten(manager.restore(first, args=target)), everywhere)
+            leaves, structure = jax.tree.flatten(folded(sums, mesh))
+            shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves]
+            found = manager.restore(first, args=ocp.args.StandardRestore(shapes))
+            sums = spread(structure.unflatten(found), mesh)
         key = jax.random.key(seed)
         for index in range(first, total):
-            rows = windows_WT[index * batch : (index + 1) * batch]
-            # The last batch is filled up with padding, so that one program serves all.
-            rows = np.pad(rows, ((0, batch - len(rows)), (0, 0)), constant_values=PADDING)
-            mask = (rows != PADDING).astype(np.float32)
-            tokens_BT, mask_BT = jax.device_put((np.maximum(rows, 0), mask), by_row)
-            sums = accumulate(model, sums, tokens_BT, mask_BT, jax.random.fold_in(key, index))
+            tokens_BT, mask_BT = meshes.place(_batch(windows_WT, index, batch), mesh, meshes.BY_BATCH)
+            sums = accumulate(model, sums, tokens_BT, mask_BT, jax.random.fold_in(key, index), mesh=mesh)
             if manager is not None and (index + 1) % save_every == 0:
-                manager.save(index + 1, args=ocp.args.StandardSave(jax.tree.leaves(sums)))
+                # What goes on is what was saved, so that a resumed run has the same bits on any number of devices.
+                whole = folded(sums, mesh)
+                manager.save(index + 1, args=ocp.args.StandardSave(jax.tree.leaves(whole)))
                 manager.wait_until_finished()
+                sums = spread(whole, mesh)
             progress(index + 1, total)
-    return sums
+    return folded(sums, mesh)
+
+
+def _batch(windows_WT: np.ndarray, index: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask of a batch; the last one is filled up with padding, so that one program serves all."""
+    rows = windows_WT[index * batch : (index + 1) * batch]
+    rows = np.pad(rows, ((0, batch - len(rows)), (0, 0)), constant_values=PADDING)
+    return np.maximum(rows, 0), (rows != PADDING).astype(np.float32)
 
 
 @contextlib.contextmanager
@@ -124,6 +132,7 @@ def calibrate(
     batch: int = 8,
     seed: int = 0,
     save_every: int = 32,
+    shard: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Statistics:
     """Measures statistics into a folder, or goes on with an interrupted run of the same settings.
@@ -132,12 +141,18 @@ def calibrate(
       InputError: the folder holds a run of another model, text or seed.
     """
     identity = dict(about) | {"seed": seed, "batch": batch, "windows_sha256": digest(windows_WT)}
-    _claim(folder, identity)
-    sums = collect(model, windows_WT, folder=folder, batch=batch, seed=seed, save_every=save_every, progress=progress)
-    statistics = means(config, sums, windows_WT)
-    save(folder, statistics, identity)
-    shutil.rmtree(folder / "partial", ignore_errors=True)
-    (folder / "run.json").unlink(missing_ok=True)
+    if meshes.is_first():
+        _claim(folder, identity)
+    meshes.wait_for_all("claimed")
+    options = {"batch": batch, "seed": seed, "save_every": save_every, "shard": shard, "progress": progress}
+    sums = collect(model, windows_WT, folder=folder, **options)
+    # What follows works on one matrix at a time, wherever there is room for it.
+    statistics = means(config, sums if len(jax.devices()) == 1 else meshes.to_host(sums), windows_WT)
+    if meshes.is_first():
+        save(folder, statistics, identity)
+        shutil.rmtree(folder / "partial", ignore_errors=True)
+        (folder / "run.json").unlink(missing_ok=True)
+    meshes.wait_for_all("calibrated")
     return statistics
 
 

@@ -280,8 +280,7 @@ def model_loss(
     pairs = []
     for model, again in ((student, remat), (teacher, False)):
         hidden_BTD = model.hidden(tokens_BT, remat=again)
-        table_VD = (model.token_embd if model.output is None else model.output)[...]
-        pairs += [hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), table_VD]
+        pairs += [hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), model.head()]
     return distillation_loss(*pairs, weight_BT.reshape(-1), min(chunk, weight_BT.size))
 
 
