@@ -136,6 +136,8 @@ def place(tree: Any, mesh: Mesh, specs: Any = COPIED) -> Any:
         return jax.device_put(tree, shardings)
 
     def put(leaf, sharding):
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
         array = np.asarray(leaf)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
