@@ -11,7 +11,7 @@ memory for any vocabulary); as the table its rows weigh the number of times they
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -67,14 +67,14 @@ class Sums:
     tokens: Float[Array, ""]
 
 
-def empty(model: Qwen35) -> Sums:
-    """Returns sums of zero for a model; one with shapes for leaves will do."""
+def empty(model: Qwen35, names: Sequence[str] = PROJECTIONS) -> Sums:
+    """Returns sums of zero for the named projections of a model, and for its embedding."""
     config = model.config
     width, vocabulary = config.hidden_size, config.vocab_size
     blocks = []
     for block in model.blocks:
         sums = {}
-        for name in PROJECTIONS:
+        for name in names:
             if (weight := getattr(block, name, None)) is None:
                 continue
             repeats, rows, columns = weight[...].shape

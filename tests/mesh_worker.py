@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sqjax import calibration, distillation, evaluation, gguf_file, mesh, quantizer, refinement, sources, statistics
+from sqjax import calibration, distillation, evaluation, gguf_file, mesh, q4_k, quantizer, refinement, sources
+from sqjax import statistics
+from sqjax.config import is_matrix
 
 RECIPE = quantizer.Recipe(steps=("feedback", "descend_codes"), gamma_in=0.75, gamma_out=0.5, sweeps=1)
 SETTINGS = {"length": 32, "batch": 8, "watch_windows": 2, "updates": 4, "warmup": 0, "dtype": "f32", "chunk": 64}
@@ -41,10 +43,27 @@ def measure(checkpoint_folder: Path, file: Path, shard: int) -> dict[str, np.nda
     scores = evaluation.score(model, student, np.maximum(windows(), 0), mesh=mesh.create(shard))
     result |= {"kl": scores.kl, "loss_of_file": scores.loss}
 
-    measured = statistics.means(checkpoint.config, sums, windows())
+    measured = grams(checkpoint.config)
     tensors = quantizer.quantize(checkpoint.config, checkpoint.tensors, measured, RECIPE)
-    codes = {name: tensor.codes_OSGN for name, tensor in tensors.items() if hasattr(tensor, "codes_OSGN")}
-    return result | {f"codes/{name}": mesh.to_host(array) for name, array in codes.items()}
+    for name, gram in ((name, measured.input_gram(name)) for name in measured.outputs):
+        error = mesh.to_host(q4_k.dequantize(tensors[name])).astype(np.float64) - np.asarray(checkpoint.tensors[name])
+        result[f"objective/{name}"] = np.sum(error @ gram * error)
+    return result
+
+
+def grams(config) -> statistics.Statistics:
+    """The same correlated Grams wherever it runs: rounding amplifies the last bits of measured ones."""
+    generator = np.random.default_rng(1)
+
+    def gram(size):
+        rows = generator.standard_normal((2 * size, size)) * np.arange(1, size + 1) ** -0.5
+        return (rows.T @ rows / len(rows)).astype(np.float32)
+
+    shapes = {n: s for n, s in config.tensor_shapes().items() if n.startswith("blk.") and is_matrix(n, s)}
+    inputs = {statistics.input_name(name): gram(shape[1]) for name, shape in shapes.items()}
+    outputs = {name: gram(shape[0]) for name, shape in shapes.items()}
+    square, often = gram(config.hidden_size), np.full(config.vocab_size, 1 / config.vocab_size, np.float32)
+    return statistics.Statistics(inputs, outputs, square, often, square, often, 1000, windows())
 
 
 def _leaves(tree):

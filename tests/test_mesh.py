@@ -59,9 +59,9 @@ def assert_same(found, expected):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         new, scale = found[name], np.abs(value.astype(np.float64)).max() + 1e-30
-        if name.startswith("codes/"):
-            # Rounding meets ties: a Gram that differs in its last bits may turn a few codes.
-            assert np.mean(new != value) < 0.01, name
+        if name.startswith("objective/"):
+            # Sums in another order turn a code here and there.
+            assert abs(new / value - 1) < 0.02, name
         elif "student" in name:
             # Adam's first step has the size of its rate wherever the sign of the gradient is certain.
             assert np.mean(np.abs(new - value) > 1e-5) < 0.01, name
