@@ -161,8 +161,8 @@ def equalize(
         name = functools.partial(tensor_name, layer)
         for attributes in STAGES[kind]:
             names = [name(attribute) for attribute in attributes]
-            gram_II = inputs[names[0]]
-            readers = [(tensors[n].astype(jnp.float32), jnp.diagonal(outputs[n])) for n in names]
+            gram_II = jnp.asarray(inputs[names[0]])
+            readers = [(tensors[n].astype(jnp.float32), jnp.diagonal(jnp.asarray(outputs[n]))) for n in names]
             source, tie_I = _scale_source(config, attributes[0])
             cost_I = conditional_variance(damp(gram_II, damping))
             scale_I = equalizing_scale(readers, cost_I, jnp.asarray(tie_I))
@@ -268,26 +268,30 @@ def quantize(
         return result
     if statistics is None:
         raise InputError("this recipe needs statistics; give --statistics DIR, or --text and --tokens to measure them")
-    tensors = {name: jnp.asarray(tensors[name]).astype(jnp.float32) for name in config.tensor_shapes()}
+    load = lambda name: jnp.asarray(tensors[name]).astype(jnp.float32)  # noqa: E731
+    if recipe.equalize or recipe.sequential:
+        tensors = {name: load(name) for name in config.tensor_shapes()}
     if recipe.equalize:
         tensors, statistics = equalize(config, tensors, statistics, recipe.damping_in)
-    result = dict(tensors)
+    # Matrices that are rounded one by one come to the device one by one: a large model need not fit it whole.
+    whole = set() if recipe.sequential else set(matrices)
+    result = {name: load(name) for name in config.tensor_shapes() if name not in whole}
     for name in ("token_embd.weight", "output.weight"):
         if name in matrices:
-            result[name] = round_table(tensors[name], table_roles(name, config, statistics), recipe)
+            result[name] = round_table(load(name), table_roles(name, config, statistics), recipe)
             report(1)
     if recipe.sequential:
         return _round_sequentially(config, tensors, statistics, recipe, result, report)
     by_shape: dict[tuple[int, ...], list[str]] = {}
     for name in matrices:
         if name.startswith("blk."):
-            by_shape.setdefault(tuple(tensors[name].shape), []).append(name)
-    for names in by_shape.values():
-        for group in _groups(names, tensors[names[0]].shape):
-            problems = [Problem(tensors[n], statistics.input_gram(n), statistics.outputs[n]) for n in group]
+            by_shape.setdefault(config.tensor_shapes()[name], []).append(name)
+    for shape, names in by_shape.items():
+        for group in _groups(names, shape):
+            problems = [Problem(load(n), *map(jnp.asarray, statistics.grams(n))) for n in group]
             result |= zip(group, solve(problems, recipe))
             report(len(group))
-    return result
+    return {name: result[name] for name in config.tensor_shapes()}
 
 
 def _groups(names: list[str], shape: tuple[int, ...], elements: int = 1 << 26) -> Iterator[list[str]]:
@@ -327,7 +331,7 @@ def _round_sequentially(config, tensors, statistics, recipe, result, report):
                 if tensors[name].shape[1] % SUPER_BLOCK:
                     continue
                 target_OI = matched_target(tensors[name], own_II, cross_II, recipe.correction_damping)
-                problems[attribute] = Problem(target_OI, own_II, statistics.outputs[name])
+                problems[attribute] = Problem(target_OI, own_II, jnp.asarray(statistics.outputs[name]))
             for group in _same_shape(problems):
                 solutions = solve([problems[attribute] for attribute in group], recipe)
                 for attribute, solution in zip(group, solutions):

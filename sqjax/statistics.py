@@ -87,6 +87,27 @@ def empty(model: Qwen35, names: Sequence[str] = PROJECTIONS) -> Sums:
     return Sums(blocks, square(), vector(), square(), vector(), jnp.float32(0.0))
 
 
+def gram_sizes(config: ModelConfig) -> dict[str, int]:
+    """Returns how many elements the Grams of each projection have, over all layers."""
+    sizes: dict[str, int] = {}
+    for kind in config.layer_types:
+        for name, shape in config.block_shapes(kind).items():
+            if name in PROJECTIONS:
+                own = shape[0] ** 2 + (0 if name in SHARED_INPUT else shape[1] ** 2)
+                sizes[name] = sizes.get(name, 0) + own
+    return sizes
+
+
+def parts(config: ModelConfig, passes: int) -> list[tuple[str, ...]]:
+    """Deals projections out to passes over the text, so that Grams fit that would not at once; the largest first."""
+    sizes = gram_sizes(config)
+    dealt: list[list[str]] = [[] for _ in range(passes)]
+    total = lambda names: sum(sizes[name] for name in names)  # noqa: E731
+    for name in sorted(sizes, key=sizes.get, reverse=True):
+        min(dealt, key=total).append(name)
+    return [tuple(names) for names in sorted(dealt, key=total, reverse=True) if names]
+
+
 def spread_specs(sums: Sums) -> Sums:
     """Returns the specs of sums on a mesh, where each leaf has a leading axis of the devices that keep sums apart.
 
@@ -329,6 +350,10 @@ class Statistics:
     def input_gram(self, tensor: str) -> Float[Array, "I I"]:
         """Returns the Gram of what a matrix multiplies."""
         return self.inputs[input_name(tensor)]
+
+    def grams(self, tensor: str) -> tuple[Float[Array, "I I"], Float[Array, "O O"]]:
+        """Returns the Gram of what a matrix multiplies and that of the gradients at its outputs."""
+        return self.input_gram(tensor), self.outputs[tensor]
 
 
 def means(config: ModelConfig, sums: Sums, windows_WT: np.ndarray) -> Statistics:

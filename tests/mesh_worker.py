@@ -10,8 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sqjax import calibration, distillation, evaluation, gguf_file, mesh, q4_k, quantizer, refinement, sources
-from sqjax import statistics
+from sqjax import (
+    calibration,
+    distillation,
+    evaluation,
+    gguf_file,
+    mesh,
+    q4_k,
+    quantizer,
+    refinement,
+    sources,
+    statistics,
+)
 from sqjax.config import is_matrix
 
 RECIPE = quantizer.Recipe(steps=("feedback", "descend_codes"), gamma_in=0.75, gamma_out=0.5, sweeps=1)

@@ -19,6 +19,9 @@ statistics evaluation
 calibration runtime
 quantizer refinement
 distillation sources
+programs
+aot
+planning
 measuring report
 making
 pipeline
