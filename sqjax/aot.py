@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -54,13 +55,19 @@ def compiled(
     # JAX reads these when it is imported; on TPU virtual machines it must not take the chips.
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
     command = [sys.executable, "-m", "sqjax.aot", json.dumps(request)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        yield json.loads(line)
-    error = process.stderr.read()
-    if process.wait():
-        last = error.strip().split("\n")[-1]
-        raise InputError(f"the compiler for {topology} failed: {last[:300]}")
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+        try:
+            for line in process.stdout:
+                yield json.loads(line)
+        except BaseException:
+            # Whoever asked has stopped listening.
+            process.kill()
+            raise
+        if process.wait():
+            errors.seek(0)
+            last = errors.read().strip().split("\n")[-1]
+            raise InputError(f"the compiler for {topology} failed: {last[:300]}")
 
 
 def requested(config: ModelConfig, mesh: Any, wanted: Mapping[str, Any]) -> Iterator[Any]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import random_checkpoint
 
-from sqjax import gguf_file, mesh, model, pipeline
+from sqjax import calibration, evaluation, gguf_file, mesh, model, pipeline, sources, statistics
 from sqjax.run import InputError
 
 WORKER = Path(__file__).with_name("mesh_worker.py")
@@ -104,3 +104,19 @@ def test_copies_on_the_host_share_no_memory_with_the_device():
     copy = mesh.to_host({"a": array})["a"]
     copy[0] = 7.0
     assert array[0] == 0.0
+
+
+def test_batches_are_not_compiled_again(tmp_path):
+    random_checkpoint.write(tmp_path / "model")
+    network = sources.load_model(sources.open_model(tmp_path / "model"))
+    rows = np.random.default_rng(0).integers(0, 400, (11, 16)).astype(np.int32)
+    before = statistics.accumulate._cache_size()
+    # Three batches, the last of which is not full, and a second run.
+    for _ in range(2):
+        calibration.collect(network, rows, batch=4)
+    assert statistics.accumulate._cache_size() == before + 1
+    before = evaluation._hidden._cache_size(), evaluation._score_batch._cache_size()
+    conversations = evaluation.Sequences(tuple(rows[:, :12]), ("a",) * 11, (np.zeros(12, np.int32),) * 11)
+    for _ in range(2):
+        evaluation.score(network, network, conversations)
+    assert (evaluation._hidden._cache_size(), evaluation._score_batch._cache_size()) == (before[0] + 1, before[1] + 1)
