@@ -145,6 +145,8 @@ def calibrate(
     Raises:
       InputError: the folder holds a run of another model, text or seed.
     """
+    # What it is rounded to is part of what a run is: batches of another size would draw other labels.
+    batch = -(-batch // len(jax.devices())) * len(jax.devices())
     identity = dict(about) | {"seed": seed, "batch": batch, "windows_sha256": digest(windows_WT)}
     if meshes.is_first():
         _claim(folder, identity)

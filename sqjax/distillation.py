@@ -70,9 +70,9 @@ def optimizer_of(settings: Refinement) -> optax.GradientTransformation:
     return optax.multi_transform(steps, kinds)
 
 
-# What an update gets of its arguments on each device of a mesh: rows of windows, rows of matrices, or all.
+# What a device gets of an update's arguments: rows of matrices, rows of windows, or all.
 BY_WINDOW = jax.P(None, BATCH)
-_SPREAD = (meshes.rows, meshes.rows, meshes.rows, BY_WINDOW, BY_WINDOW, COPIED)
+_SPREAD = (*(meshes.rows,) * 3, *(BY_WINDOW,) * 2, COPIED)
 
 
 @functools.cache
@@ -84,7 +84,6 @@ def make_update(
     The weights are formed once and gradients summed over micro-batches in float32, and then over devices, before they
     are pulled back to the latent values; the state's buffers are reused.
     """
-    spread = mesh is not None and mesh.size > 1
     optimizer, dtype = optimizer_of(settings), settings.compute_dtype
     loss_of = functools.partial(model_loss, chunk=settings.chunk, remat=settings.remat)
     # Sums in an order of their own would make two runs differ in their last bits.
@@ -94,16 +93,12 @@ def make_update(
         model, pull_back = jax.vjp(lambda student: model_of(config, student, start, dtype), state.student)
 
         def add(sums, micro_batch):
-            sums = jax.tree.map(
-                lambda total, new: total + new.astype(jnp.float32),
-                sums,
-                jax.value_and_grad(loss_of)(model, teacher, *micro_batch),
-            )
-            return sums, None
+            new = jax.value_and_grad(loss_of)(model, teacher, *micro_batch)
+            return jax.tree.map(lambda total, new: total + new.astype(jnp.float32), sums, new), None
 
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), model)
         (loss, gradient), _ = jax.lax.scan(add, (jnp.float32(0.0), zeros), (tokens_ABT, weight_ABT))
-        if spread:
+        if mesh is not None and mesh.size > 1:
             loss, gradient = meshes.total((loss, gradient), (COPIED, meshes.rows(abstract(config), mesh)))
         gradient = jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), gradient, model)
         # Adam's bias correction raises a float to an integer power.

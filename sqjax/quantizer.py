@@ -407,7 +407,7 @@ def paired_grams(
     return tuple(total / tokens for total in sums)
 
 
-@jax.jit
+@functools.partial(jax.jit, donate_argnums=1)
 def run_block(block: Block, x_WTD: Float[Array, "W T D"]) -> Float[Array, "W T D"]:
-    """Runs one block over many windows, a few at a time."""
+    """Runs one block over many windows, a few at a time, into the memory of what it is given."""
     return jax.lax.map(lambda x_TD: block(x_TD[None])[0], x_WTD, batch_size=8)

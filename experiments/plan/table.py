@@ -1,6 +1,6 @@
 """Writes the tables of README.md: what each stage of each model needs on each kind of device.
 
-    python experiments/plan/table.py [--models qwen3.5-0.8b ...] [--compile]
+python experiments/plan/table.py [--models qwen3.5-0.8b ...] [--compile]
 """
 
 import argparse
