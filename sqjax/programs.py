@@ -90,8 +90,8 @@ def accumulate(
     """One batch added to the Grams of the named projections."""
     model = abstract(config, dtype)
     sums = jax.eval_shape(functools.partial(statistics.empty, names=tuple(names)), model)
-    wide = jax.eval_shape(functools.partial(statistics._widened, mesh=mesh), sums)
-    wide = placed(wide, mesh, statistics.spread_specs(sums))
+    wide = jax.eval_shape(functools.partial(statistics.spread, mesh=mesh), sums)
+    wide = placed(wide, mesh, statistics.spread_specs(sums, mesh))
     key = placed(jax.eval_shape(lambda: jax.random.key(0)), mesh)
     tokens_BT, mask_BT = (_array(mesh, (batch, length), kind, BY_BATCH) for kind in (jnp.int32, jnp.float32))
     arguments = (_model(config, mesh, dtype), wide, tokens_BT, mask_BT, key)

@@ -108,35 +108,29 @@ def parts(config: ModelConfig, passes: int) -> list[tuple[str, ...]]:
     return [tuple(names) for names in sorted(dealt, key=total, reverse=True) if names]
 
 
-def spread_specs(sums: Sums) -> Sums:
+def spread_specs(sums: Sums, mesh: jax.sharding.Mesh) -> Sums:
     """Returns the specs of sums on a mesh, where each leaf has a leading axis of the devices that keep sums apart.
 
-    Grams of blocks have their rows spread over `model`, and one copy for each place along `data`; the other sums, which
-    are small, have one copy on every device. Nothing is added over devices before the end.
+    Grams of blocks have their rows spread over `model`, and one copy for each place along `data`; what is small, and
+    Grams whose rows cannot be shared equally, have one copy on every device. Nothing is added before the end.
     """
-    return Sums(jax.tree.map(lambda _: jax.P(DATA, None, MODEL), sums.blocks), *(BY_BATCH,) * 5)
 
+    def spec(gram_OO):
+        return BY_BATCH if gram_OO.shape[-1] % mesh.shape[MODEL] else jax.P(DATA, None, MODEL)
 
-def spread(sums: Sums, mesh: jax.sharding.Mesh) -> Sums:
-    """Puts sums on a mesh: what there is in the first place of each leading axis, zeros in the others.
-
-    Raises:
-      InputError: the rows of a matrix cannot be shared by the devices along `model`.
-    """
-    for name, kinds in ((name, kinds) for block in sums.blocks for name, kinds in block.items()):
-        if any(gram_ROO.shape[1] % mesh.shape[MODEL] for gram_ROO in kinds.values()):
-            raise InputError(f"{name} has rows that {mesh.shape[MODEL]} devices cannot share; spread over fewer")
-    return _widened(sums, mesh)
+    return Sums(jax.tree.map(spec, sums.blocks), *(BY_BATCH,) * 5)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def _widened(sums, mesh):
+def spread(sums: Sums, mesh: jax.sharding.Mesh) -> Sums:
+    """Puts sums on a mesh: what there is in the first place of each leading axis, zeros in the others."""
+
     def widen(leaf, spec):
         count = mesh.shape[DATA] if spec[0] == DATA else mesh.size
         wide = jnp.zeros((count, *leaf.shape), leaf.dtype).at[0].set(leaf)
         return jax.lax.with_sharding_constraint(wide, jax.sharding.NamedSharding(mesh, spec))
 
-    return jax.tree.map(widen, sums, spread_specs(sums))
+    return jax.tree.map(widen, sums, spread_specs(sums, mesh))
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
@@ -147,7 +141,7 @@ def folded(sums: Sums, mesh: jax.sharding.Mesh) -> Sums:
         sharding = jax.sharding.NamedSharding(mesh, jax.P(*spec[1:]))
         return jax.lax.with_sharding_constraint(jnp.sum(leaf, axis=0), sharding)
 
-    return jax.tree.map(fold, sums, spread_specs(sums))
+    return jax.tree.map(fold, sums, spread_specs(sums, mesh))
 
 
 def gram(rows_ND: Float[Array, "*N D"]) -> Float[Array, "D D"]:
@@ -208,7 +202,7 @@ def accumulate(
         batch = _sums_of(model, own.blocks, tokens_BT, mask_BT, key, first, chunk)
         return jax.tree.map(lambda total, new: (total + new)[None], own, batch)
 
-    inputs = (meshes.rows, lambda sums, _: spread_specs(sums), BY_BATCH, BY_BATCH, COPIED)
+    inputs = (meshes.rows, spread_specs, BY_BATCH, BY_BATCH, COPIED)
     run = meshes.over(mesh, on_device, inputs, lambda specs: specs[1])
     return run(model, sums, tokens_BT, mask_BT, jax.random.key_data(key))
 

@@ -70,7 +70,7 @@ def assert_same(found, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shard", [1, 4])
+@pytest.mark.parametrize("shard", [1, 8])  # 8 devices cannot share the 4 rows of some matrices
 def test_eight_devices_give_what_one_gives(files, single, tmp_path, shard):
     assert_same(run(files, tmp_path, devices=8, shard=shard), single)
 
