@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow lint
+.PHONY: demo test slow tpu lint
 
 demo: $(INSTALLED)
 	$(VENV)/bin/sqjax demo
@@ -11,7 +11,11 @@ test: $(INSTALLED)
 	$(VENV)/bin/pytest -n 2 -m 'not slow'
 
 slow: $(INSTALLED)
-	$(VENV)/bin/pytest -n 2 -m slow
+	$(VENV)/bin/pytest -n 2 -m 'slow and not tpu'
+
+# In an environment of its own: beside the package libtpu every start of JAX looks for a TPU.
+tpu: $(VENV)-tpu/.installed
+	JAX_PLATFORMS=cpu $(VENV)-tpu/bin/pytest -m tpu
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
@@ -20,4 +24,9 @@ lint: $(INSTALLED)
 $(INSTALLED): pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(VENV)-tpu/.installed: pyproject.toml
+	test -x $(VENV)-tpu/bin/python || $(PYTHON) -m venv $(VENV)-tpu
+	$(VENV)-tpu/bin/python -m pip install --quiet --editable '.[test,tpu-compile]'
 	touch $@

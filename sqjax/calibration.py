@@ -7,10 +7,11 @@ complete, `partial/` (the sums so far, by Orbax).
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from jaxtyping import Float32, Int32
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from sqjax import mesh as meshes
 from sqjax.config import ModelConfig, is_matrix
 from sqjax.model import Qwen35
 from sqjax.run import InputError, atomic_path
-from sqjax.statistics import Statistics, Sums, accumulate, empty, input_name, means
+from sqjax.statistics import PROJECTIONS, Statistics, Sums, accumulate, empty, folded, input_name, means, parts, spread
 from sqjax.texts import Texts
 from sqjax.tokens import Tokenizer, encode_conversation, pack_windows
 
@@ -69,39 +71,47 @@ def collect(
     batch: int = 8,
     seed: int = 0,
     save_every: int = 32,
+    shard: int = 1,
+    names: Sequence[str] = PROJECTIONS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Sums:
-    """Sums Grams over windows, sharded over all devices along the batch.
+    """Sums Grams of the named projections over windows, each batch shared by all devices of all hosts.
 
     With a `folder`, sums are checkpointed every `save_every` batches and a run that was interrupted is resumed: labels
-    depend on the seed and the number of the batch alone, so that the bits are those of an uninterrupted run.
+    depend on the seed and the number of the batch alone, so that the bits are those of an uninterrupted run. `shard`
+    devices share one copy of the weights and Grams.
     """
-    devices = jax.devices()
-    batch = -(-batch // len(devices)) * len(devices)
-    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    by_row = jax.sharding.NamedSharding(mesh, jax.P("data"))
-    everywhere = jax.sharding.NamedSharding(mesh, jax.P())
-    model, sums = jax.device_put((model, empty(model)), everywhere)
+    mesh = meshes.create(shard)
+    batch = -(-batch // mesh.size) * mesh.size
+    model = meshes.place(model, mesh, meshes.rows(model, mesh))
+    sums = spread(empty(model, names), mesh)
     total = -(-len(windows_WT) // batch)
     with _partial_sums(folder, save_every) as manager:
         first = 0
         if manager is not None and (first := manager.latest_step() or 0):
-            leaves, structure = jax.tree.flatten(sums)
-            target = ocp.args.StandardRestore([jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves])
-            sums = jax.device_put(structure.unflatten(manager.restore(first, args=target)), everywhere)
+            leaves, structure = jax.tree.flatten(folded(sums, mesh))
+            shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves]
+            found = manager.restore(first, args=ocp.args.StandardRestore(shapes))
+            sums = spread(structure.unflatten(found), mesh)
         key = jax.random.key(seed)
         for index in range(first, total):
-            rows = windows_WT[index * batch : (index + 1) * batch]
-            # The last batch is filled up with padding, so that one program serves all.
-            rows = np.pad(rows, ((0, batch - len(rows)), (0, 0)), constant_values=PADDING)
-            mask = (rows != PADDING).astype(np.float32)
-            tokens_BT, mask_BT = jax.device_put((np.maximum(rows, 0), mask), by_row)
-            sums = accumulate(model, sums, tokens_BT, mask_BT, jax.random.fold_in(key, index))
+            tokens_BT, mask_BT = meshes.place(_batch(windows_WT, index, batch), mesh, meshes.BY_BATCH)
+            sums = accumulate(model, sums, tokens_BT, mask_BT, jax.random.fold_in(key, index), mesh=mesh)
             if manager is not None and (index + 1) % save_every == 0:
-                manager.save(index + 1, args=ocp.args.StandardSave(jax.tree.leaves(sums)))
+                # What goes on is what was saved, so that a resumed run has the same bits on any number of devices.
+                whole = folded(sums, mesh)
+                manager.save(index + 1, args=ocp.args.StandardSave(jax.tree.leaves(whole)))
                 manager.wait_until_finished()
+                sums = spread(whole, mesh)
             progress(index + 1, total)
-    return sums
+    return folded(sums, mesh)
+
+
+def _batch(windows_WT: np.ndarray, index: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask of a batch; the last one is filled up with padding, so that one program serves all."""
+    rows = windows_WT[index * batch : (index + 1) * batch]
+    rows = np.pad(rows, ((0, batch - len(rows)), (0, 0)), constant_values=PADDING)
+    return np.maximum(rows, 0), (rows != PADDING).astype(np.float32)
 
 
 @contextlib.contextmanager
@@ -124,20 +134,38 @@ def calibrate(
     batch: int = 8,
     seed: int = 0,
     save_every: int = 32,
+    shard: int = 1,
+    passes: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Statistics:
     """Measures statistics into a folder, or goes on with an interrupted run of the same settings.
 
+    Every pass over the text measures some of the projections, with the same labels: more passes need less memory.
+
     Raises:
       InputError: the folder holds a run of another model, text or seed.
     """
+    # What it is rounded to is part of what a run is: batches of another size would draw other labels.
+    batch = -(-batch // len(jax.devices())) * len(jax.devices())
     identity = dict(about) | {"seed": seed, "batch": batch, "windows_sha256": digest(windows_WT)}
-    _claim(folder, identity)
-    sums = collect(model, windows_WT, folder=folder, batch=batch, seed=seed, save_every=save_every, progress=progress)
+    if meshes.is_first():
+        _claim(folder, identity)
+    meshes.wait_for_all("claimed")
+    options = {"batch": batch, "seed": seed, "save_every": save_every, "shard": shard, "progress": progress}
+    # What follows works on one matrix at a time, wherever there is room for it.
+    keep = (lambda sums: sums) if len(jax.devices()) * passes == 1 else meshes.to_host
+    sums = None
+    for number, names in enumerate(parts(config, passes)):
+        place = folder if passes == 1 else folder / "partial" / str(number)
+        part = keep(collect(model, windows_WT, folder=place, names=names, **options))
+        blocks = part.blocks if sums is None else [a | b for a, b in zip(sums.blocks, part.blocks)]
+        sums = dataclasses.replace(part, blocks=blocks)
     statistics = means(config, sums, windows_WT)
-    save(folder, statistics, identity)
-    shutil.rmtree(folder / "partial", ignore_errors=True)
-    (folder / "run.json").unlink(missing_ok=True)
+    if meshes.is_first():
+        save(folder, statistics, identity)
+        shutil.rmtree(folder / "partial", ignore_errors=True)
+        (folder / "run.json").unlink(missing_ok=True)
+    meshes.wait_for_all("calibrated")
     return statistics
 
 
@@ -182,33 +210,48 @@ def load(folder: str | Path) -> tuple[Statistics, dict[str, Any]]:
     folder = Path(folder)
     try:
         about = json.loads((folder / "statistics.json").read_text())
-        with safe_open(folder / "statistics.safetensors", framework="numpy") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, a safetensors file is no dict
+        file = safe_open(folder / "statistics.safetensors", framework="numpy")
+        single = {name: jnp.asarray(file.get_tensor(name)) for name in _SINGLE}
+        windows_WT = file.get_tensor("windows_WT")
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{folder} holds no complete statistics ({error}); make them with sqjax calibrate") from error
-    under = lambda kind: {  # noqa: E731
-        name.removeprefix(kind): jnp.asarray(array) for name, array in arrays.items() if name.startswith(kind)
-    }
-    single = {name: jnp.asarray(arrays[name]) for name in _SINGLE}
-    statistics = Statistics(
-        inputs=under("input/"),
-        outputs=under("output/"),
-        tokens=int(about["tokens"]),
-        windows_WT=arrays["windows_WT"],
-        **single,
-    )
-    return statistics, about
+    grams = {"inputs": _Grams(file, "input/"), "outputs": _Grams(file, "output/")}
+    return Statistics(**grams, tokens=int(about["tokens"]), windows_WT=windows_WT, **single), about
+
+
+class _Grams(Mapping):
+    """Grams in a file, each read when it is asked for: all of them are ten times the size of the model's file."""
+
+    def __init__(self, file: Any, prefix: str):
+        self._file, self._prefix = file, prefix
+        self._names = [name.removeprefix(prefix) for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(self._prefix + name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def sizes(self) -> dict[str, int]:
+        """Returns the number of rows of every Gram."""
+        return {name: self._file.get_slice(self._prefix + name).get_shape()[0] for name in self._names}
 
 
 def check_model(statistics: Statistics, config: ModelConfig) -> None:
     """Raises InputError unless every matrix of the model has statistics of its shape."""
+    outputs, inputs = (
+        grams.sizes() if isinstance(grams, _Grams) else {name: len(gram) for name, gram in grams.items()}
+        for grams in (statistics.outputs, statistics.inputs)
+    )
     for name, shape in config.tensor_shapes().items():
         if not name.startswith("blk.") or not is_matrix(name, shape):
             continue
-        found = [
-            grams[key].shape[0] if key in grams else None
-            for grams, key in ((statistics.outputs, name), (statistics.inputs, input_name(name)))
-        ]
+        found = [outputs.get(name), inputs.get(input_name(name))]
         if tuple(found) != shape:
             raise InputError(f"the statistics of {name} are for shape {found}, not {shape}: they are of another model")
 

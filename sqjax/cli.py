@@ -105,6 +105,8 @@ def calibrate(
     tokens: int = 1_000_000,
     length: int = 512,
     batch: int = 8,
+    shard: int = 1,
+    passes: int = 1,
     seed: int = 0,
     imatrix: Path | None = None,
     json: Json = False,
@@ -117,7 +119,9 @@ def calibrate(
         text: what to measure on, may be given several times; the suite calib360 unless given
         tokens: about how many tokens of it
         length: tokens of a window
-        batch: windows at a time
+        batch: windows at a time, over all devices
+        shard: devices that share one copy of the weights and Grams
+        passes: over the text, each for some of the matrices, where not all Grams fit at once
         seed: of the order of documents and of the labels drawn from the model
         imatrix: also write the importance matrix to this file, in llama.cpp's GGUF format
         json: print one JSON object and nothing else
@@ -131,6 +135,8 @@ def calibrate(
         tokens=tokens,
         length=length,
         batch=batch,
+        shard=shard,
+        passes=passes,
         seed=seed,
         imatrix=imatrix,
     )
@@ -211,6 +217,29 @@ def refine(
     return result, json, _file_table
 
 
+def plan(
+    model: Model,
+    topology: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KIND:SHAPE")] = (),
+    length: int = 2048,
+    compile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    json: Json = False,
+) -> Shown:
+    """Say what every stage needs of a device: bytes, whether it fits, the batch to take, the least time.
+
+    Args:
+        model: config.json, Hugging Face folder, hub id, GGUF file, or qwen3.5-0.8b, -2b, -4b, -9b, -27b
+        topology: v5e:2x4, v6e:2x4, v5p:2x2x1, h100:8, h200:1 and the like, may be given several times; all five unless
+            given
+        length: tokens of a window
+        compile: ask the TPU's own compiler (sqjax[tpu-compile]) for the bytes; takes minutes
+        json: print one JSON object and nothing else
+    """
+    from sqjax import pipeline
+
+    result = pipeline.plan(model, topology=topology or pipeline.TOPOLOGIES, length=length, compile=compile)
+    return result, json, _plan_table
+
+
 def demo(out: Path = Path("runs/demo"), json: Json = False) -> Shown:
     """Run the pipeline on the embedded model.
 
@@ -231,6 +260,7 @@ COMMANDS: dict[str, Callable[..., Shown]] = {
     "refine": refine,
     "evaluate": evaluate,
     "inspect": inspect,
+    "plan": plan,
 }
 
 
@@ -279,6 +309,23 @@ def _record_table(result: Result) -> Any:
     for key, value in result.items():
         if key != "folder" and value is not None:
             table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
+    return table
+
+
+def _plan_table(result: Result) -> Any:
+    columns = ("", "stage", "fits", "shard", "batch", "passes", "GB a device", "from", "least time", "bound by")
+    table = _new_table(f"{result['model']}: what a device holds, and the least time of each stage", *columns)
+    for topology, rows in result["plans"].items():
+        for row in rows:
+            if row["fits"]:
+                fits, time = "yes", f"{row['seconds']:.1f} s"
+            else:
+                fits, time = f"from {row['needs']}" if row.get("needs") else "no", ""
+            cells = (row.get("shard"), row.get("batch"), row.get("passes"))
+            shown = ["" if cell is None else str(cell) for cell in cells]
+            source = (f"{row['bytes'] / 1e9:.1f}", row["source"])
+            table.add_row(topology, row["stage"], fits, *shown, *source, time, row.get("bound", ""))
+        table.add_section()
     return table
 
 
@@ -348,6 +395,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
       SystemExit: with 2 on wrong usage, with 0 after help.
     """
     _keep_compiled_programs()
+    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        from sqjax import mesh
+
+        mesh.connect()
     commands = {name: _quietly(command) for name, command in COMMANDS.items()}
     try:
         _print(*tyro.extras.subcommand_cli_from_dict(commands, prog="sqjax", args=arguments, description=_EPILOGUE))

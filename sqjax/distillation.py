@@ -30,11 +30,13 @@ import orbax.checkpoint as ocp
 from jaxtyping import Float32, Int32, Int64
 
 from sqjax import evaluation
+from sqjax import mesh as meshes
 from sqjax.checkpoint import Checkpoint
 from sqjax.config import ModelConfig, is_matrix
 from sqjax.evaluation import Sequences
 from sqjax.gguf_file import GGUFTensors
-from sqjax.model import Qwen35
+from sqjax.mesh import BATCH, COPIED, to_host
+from sqjax.model import Qwen35, abstract
 from sqjax.q4_k import Q4K
 from sqjax.refinement import Refinement, Student, harden_student, initial, kinds, model_loss, model_of, start_of
 from sqjax.run import InputError, atomic_path, interruption
@@ -68,32 +70,36 @@ def optimizer_of(settings: Refinement) -> optax.GradientTransformation:
     return optax.multi_transform(steps, kinds)
 
 
+# What a device gets of an update's arguments: rows of matrices, rows of windows, or all.
+BY_WINDOW = jax.P(None, BATCH)
+_SPREAD = (*(meshes.rows,) * 3, *(BY_WINDOW,) * 2, COPIED)
+
+
 @functools.cache
-def make_update(config: ModelConfig, settings: Refinement) -> Callable[..., tuple[State, jax.Array]]:
+def make_update(
+    config: ModelConfig, settings: Refinement, mesh: jax.sharding.Mesh | None = None
+) -> Callable[..., tuple[State, jax.Array]]:
     """Returns the jitted update(state, teacher, start, tokens_ABT, weight_ABT, multiplier) -> (state, mean KL).
 
-    The weights are formed once and gradients summed over micro-batches in float32 before they are pulled back to the
-    latent values; the state's buffers are reused.
+    The weights are formed once and gradients summed over micro-batches in float32, and then over devices, before they
+    are pulled back to the latent values; the state's buffers are reused.
     """
     optimizer, dtype = optimizer_of(settings), settings.compute_dtype
     loss_of = functools.partial(model_loss, chunk=settings.chunk, remat=settings.remat)
     # Sums in an order of their own would make two runs differ in their last bits.
     options = {"xla_gpu_deterministic_ops": True} if jax.default_backend() == "gpu" else None
 
-    @functools.partial(jax.jit, donate_argnums=0, compiler_options=options)
     def update(state, teacher, start, tokens_ABT, weight_ABT, multiplier):
         model, pull_back = jax.vjp(lambda student: model_of(config, student, start, dtype), state.student)
 
         def add(sums, micro_batch):
-            sums = jax.tree.map(
-                lambda total, new: total + new.astype(jnp.float32),
-                sums,
-                jax.value_and_grad(loss_of)(model, teacher, *micro_batch),
-            )
-            return sums, None
+            new = jax.value_and_grad(loss_of)(model, teacher, *micro_batch)
+            return jax.tree.map(lambda total, new: total + new.astype(jnp.float32), sums, new), None
 
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), model)
         (loss, gradient), _ = jax.lax.scan(add, (jnp.float32(0.0), zeros), (tokens_ABT, weight_ABT))
+        if mesh is not None and mesh.size > 1:
+            loss, gradient = meshes.total((loss, gradient), (COPIED, meshes.rows(abstract(config), mesh)))
         gradient = jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), gradient, model)
         # Adam's bias correction raises a float to an integer power.
         with jax.numpy_dtype_promotion("standard"):
@@ -101,7 +107,8 @@ def make_update(config: ModelConfig, settings: Refinement) -> Callable[..., tupl
         student = jax.tree.map(lambda leaf, change: leaf + multiplier * change, state.student, changes)
         return State(student, moments), loss
 
-    return update
+    update = meshes.over(mesh, update, _SPREAD, lambda specs: (specs[0], COPIED))
+    return jax.jit(update, donate_argnums=0, compiler_options=options)
 
 
 def rows_of_update(seed: int, step: int, batch: int, total: int) -> Int64[np.ndarray, "B"]:
@@ -162,6 +169,7 @@ class Run:
     multiplier_U: Float32[np.ndarray, "U"]
     start: Student
     accumulate: int
+    mesh: jax.sharding.Mesh
     update: Callable[[State, jax.Array, jax.Array, jax.Array], tuple[State, jax.Array]]
     watch: Callable[[Student], float]
 
@@ -172,10 +180,10 @@ class Run:
 
     def state_of(self, student: Student) -> State:
         """Returns a student on the device, with moments of zero."""
-        student = jax.tree.map(jnp.array, student)
-        state = State(student, optimizer_of(self.settings).init(student))
+        student = meshes.place(student, self.mesh, meshes.rows(student, self.mesh))
+        state = jax.jit(lambda student: State(student, optimizer_of(self.settings).init(student)))(student)
         # Placed like what an update returns, or the second update would be compiled again.
-        return jax.device_put(state, _placement(jax.P()))
+        return meshes.place(state, self.mesh, meshes.rows(state, self.mesh))
 
     def batch(self, step: int) -> tuple[jax.Array, jax.Array]:
         """Returns tokens and weights [A, B, T] of an update; weights sum to one, those of padding are zero."""
@@ -183,18 +191,13 @@ class Run:
         rows = rows.reshape(self.accumulate, -1, rows.shape[-1])
         mask = (rows != PADDING).astype(np.float32)
         batch = (np.maximum(rows, 0), mask / max(float(mask.sum()), 1.0))
-        return jax.device_put(batch, _placement(jax.P(None, "data")))
+        return meshes.place(batch, self.mesh, BY_WINDOW)
 
     def finished(self, position: Position) -> bool:
         """Whether all updates are done, or further ones have no prospect."""
         patience = self.settings.patience
         hopeless = position.rollbacks > _MOST_ROLLBACKS or (patience and position.stale >= patience)
         return position.step >= self.updates or bool(hopeless)
-
-
-def _placement(spec: jax.sharding.PartitionSpec) -> jax.sharding.NamedSharding:
-    mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    return jax.sharding.NamedSharding(mesh, spec)
 
 
 def hold_out(windows_WT: Int32[np.ndarray, "W T"], count: int) -> tuple[Int32[np.ndarray, "W T"], Sequences]:
@@ -232,7 +235,7 @@ def prepare(
     tokens: int = 0,
     seed: int = 0,
 ) -> Run:
-    """Puts the teacher and the file's tensors on the devices, replicated; batches will be shared among them.
+    """Puts the teacher and the file's tensors on the devices of all hosts, which will share each batch.
 
     Args:
       checkpoint: the teacher.
@@ -251,21 +254,22 @@ def prepare(
         windows_WT, watched = hold_out(windows_WT, settings.watch_windows)
     updates = settings.updates or max(1, -(-tokens // (settings.batch * settings.length)))
     accumulate = micro_batches(config, settings)
+    mesh = meshes.create(settings.shard)
     start = start_of(config, start_tensors(file, config))
     teacher = Qwen35.from_tensors(config, checkpoint.tensors, dtype=dtype)
-    teacher, start = jax.device_put((teacher, start), _placement(jax.P()))
-    update = make_update(config, settings)
-    hidden = evaluation.hidden_states(teacher, watched)
+    teacher, start = (meshes.place(tree, mesh, meshes.rows(tree, mesh)) for tree in (teacher, start))
+    update = make_update(config, settings, mesh)
+    hidden = evaluation.hidden_states(teacher, watched, mesh=mesh)
     materialize = jax.jit(lambda student, start: model_of(config, student, start, dtype))
 
     def watch(student: Student) -> float:
-        scores = evaluation.score(teacher, materialize(student, start), watched, hidden=hidden)
+        scores = evaluation.score(teacher, materialize(student, start), watched, hidden=hidden, mesh=mesh)
         return float(scores.kl.astype(np.float64).mean())
 
     def step(state, tokens_ABT, weight_ABT, multiplier):
         return update(state, teacher, start, tokens_ABT, weight_ABT, multiplier)
 
-    return Run(config, settings, seed, windows_WT, settings.multipliers(updates), start, accumulate, step, watch)
+    return Run(config, settings, seed, windows_WT, settings.multipliers(updates), start, accumulate, mesh, step, watch)
 
 
 def advance(
@@ -305,11 +309,6 @@ def advance(
     return state, best, position, record
 
 
-def to_host(tree: Any) -> Any:
-    """Copies a pytree's arrays to the host; the copies share no memory with buffers that are to be reused."""
-    return jax.tree.map(lambda leaf: np.array(jax.device_get(leaf)), tree)
-
-
 def distill(
     run: Run,
     folder: Path,
@@ -328,7 +327,7 @@ def distill(
     settings = run.settings
     with _checkpoints(folder, settings.checkpoints) as manager, interruption() as is_asked:
         state, best, position = _begin(run, manager, resume)
-        with _metrics(folder, position.step) as write:
+        with _metrics(folder, position.step) if meshes.is_first() else contextlib.nullcontext(lambda _: None) as write:
             began, first = time.monotonic(), position.step
             while not run.finished(position):
                 state, best, position, record = advance(run, state, best, position)
@@ -349,8 +348,8 @@ def distill(
         manager.wait_until_finished()
     chosen = best if settings.keep_best else state.student
     harden = jax.jit(functools.partial(harden_student, run.config))
-    tensors = harden(jax.tree.map(jnp.asarray, chosen), run.start)
-    return {name: jax.tree.map(np.asarray, tensor) for name, tensor in tensors.items()}, position
+    chosen = meshes.place(chosen, run.mesh, meshes.rows(chosen, run.mesh))
+    return to_host(harden(chosen, run.start)), position
 
 
 def _note(record: Mapping[str, Any], position: Position) -> str:
@@ -385,7 +384,8 @@ def _begin(run: Run, manager: ocp.CheckpointManager, resume: bool) -> tuple[Stat
     targets = {name: ocp.args.StandardRestore([*map(shape, jax.tree.leaves(tree))]) for name, tree in trees.items()}
     found = manager.restore(manager.latest_step(), args=ocp.args.Composite(position=ocp.args.JsonRestore(), **targets))
     state, best = (jax.tree.structure(tree).unflatten(found[name]) for name, tree in trees.items())
-    return jax.device_put(state, _placement(jax.P())), to_host(best), Position(**found["position"])
+    state = meshes.place(state, run.mesh, meshes.rows(state, run.mesh))
+    return state, to_host(best), Position(**found["position"])
 
 
 def _save(manager: ocp.CheckpointManager, state: State, best: Student, position: Position) -> None:

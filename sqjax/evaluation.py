@@ -18,6 +18,8 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int32
 from scipy import special
 
+from sqjax import mesh as meshes
+from sqjax.mesh import BY_BATCH
 from sqjax.model import Qwen35
 from sqjax.run import InputError
 from sqjax.texts import Document, Texts
@@ -141,26 +143,36 @@ def divergence(
     return jnp.sum(terms, axis=-1), loss, loss_reference, agree.astype(jnp.int32)
 
 
-@jax.jit
-def _hidden(model: Qwen35, tokens_BT):
+@functools.partial(jax.jit, static_argnames="mesh")
+def _hidden(model: Qwen35, tokens_BT, *, mesh):
     # One executable for both models: two of them could differ in rounding, and equal models must have divergence zero.
-    return model.hidden(tokens_BT)
+    run = meshes.over(mesh, Qwen35.hidden, (meshes.rows, BY_BATCH), lambda _: BY_BATCH)
+    return run(model, tokens_BT)
 
 
-@functools.partial(jax.jit, static_argnames="chunk")
-def _score_batch(reference, student, hidden_BTD, student_BTD, tokens_BT, *, chunk):
-    """Scores of all tokens but the first, [B, T - 1]; logits exist for `chunk` tokens at a time."""
+@functools.partial(jax.jit, static_argnames=("chunk", "mesh"))
+def _score_batch(reference, student, hidden_BTD, student_BTD, tokens_BT, *, chunk, mesh):
+    """Scores of all tokens but the first, [B, T - 1]; a device has logits of `chunk` tokens at a time."""
+    inputs = (meshes.rows, meshes.rows, BY_BATCH, BY_BATCH, BY_BATCH)
+    run = meshes.over(mesh, functools.partial(_scores, chunk=chunk), inputs, lambda _: BY_BATCH)
+    return run(reference, student, hidden_BTD, student_BTD, tokens_BT)
+
+
+def _scores(reference, student, hidden_BTD, student_BTD, tokens_BT, *, chunk):
     batch, time, width = hidden_BTD.shape
     count = batch * (time - 1)
     padding = -count % chunk
     rows = [x_BTD[:, :-1].reshape(count, width) for x_BTD in (hidden_BTD, student_BTD)]
     rows = [jnp.pad(x_ND, ((0, padding), (0, 0))).reshape(-1, chunk, width) for x_ND in rows]
     target = jnp.pad(tokens_BT[:, 1:].reshape(-1), (0, padding)).reshape(-1, chunk)
+    heads = [model.head() for model in (reference, student)]
 
     def one(inputs):
-        hidden_CD, student_CD, target_C = inputs
-        logits_CV, student_CV = reference.logits(hidden_CD[None])[0], student.logits(student_CD[None])[0]
-        return divergence(logits_CV, student_CV, target_C)
+        *hidden_CD, target_C = inputs
+        logits = (
+            model.logits(x_CD[None], head)[0] for model, x_CD, head in zip((reference, student), hidden_CD, heads)
+        )
+        return divergence(*logits, target_C)
 
     scores = jax.lax.map(one, (*rows, target))
     return jax.tree.map(lambda x: x.reshape(-1)[:count].reshape(batch, time - 1), scores)
@@ -172,6 +184,7 @@ def score(
     sequences: Sequences | Int32[np.ndarray, "W T"],
     *,
     hidden: Sequence[Float32[np.ndarray, "B T D"]] | None = None,
+    mesh: jax.sharding.Mesh | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TokenScores:
     """Scores every token after the first of each sequence under both models.
@@ -181,6 +194,7 @@ def score(
       student: what became of it, of the same vocabulary.
       sequences: or windows as an array.
       hidden: what `hidden_states(reference, sequences)` returned, where several students meet one reference.
+      mesh: devices that share each batch, and the weights as it says; all devices unless given.
       progress: called with the tokens done and their total after each batch.
 
     Raises:
@@ -195,16 +209,24 @@ def score(
         )
     if (highest := max(int(tokens.max()) for tokens in sequences.tokens)) >= vocabulary:
         raise InputError(f"token {highest} lies outside of the vocabulary of {vocabulary}; use the model's tokenizer")
-    batches = _batches(sequences)
+    mesh = meshes.create() if mesh is None else mesh
+    reference, student = (meshes.place(model, mesh, meshes.rows(model, mesh)) for model in (reference, student))
     chunk = _CHUNK_LOGITS.get(jax.default_backend(), 1 << 22) // vocabulary
     chunk = min(2048, max(256, chunk))
     results: list[Any] = [None] * len(sequences.tokens)
     done, total = 0, sum(len(tokens) - 1 for tokens in sequences.tokens)
-    for number, (rows, tokens_BT) in enumerate(batches):
-        hidden_BTD = _hidden(reference, tokens_BT) if hidden is None else jnp.asarray(hidden[number])
-        student_BTD = _hidden(student, tokens_BT)
-        scores = _score_batch(reference, student, hidden_BTD, student_BTD, tokens_BT, chunk=chunk)
-        scores = [np.asarray(x_BT) for x_BT in scores]
+
+    def start(number, rows, tokens_BT):
+        tokens_BT = meshes.place(tokens_BT, mesh, BY_BATCH)
+        if hidden is None:
+            hidden_BTD = _hidden(reference, tokens_BT, mesh=mesh)
+        else:
+            hidden_BTD = meshes.place(hidden[number], mesh, BY_BATCH)
+        student_BTD = _hidden(student, tokens_BT, mesh=mesh)
+        return rows, _score_batch(reference, student, hidden_BTD, student_BTD, tokens_BT, chunk=chunk, mesh=mesh)
+
+    for rows, scores in _one_ahead(start(n, *batch) for n, batch in enumerate(_batches(sequences, mesh.size))):
+        scores = meshes.to_host(scores)
         for row, index in enumerate(rows):
             length = len(sequences.tokens[index]) - 1
             results[index] = [x_BT[row, :length] for x_BT in scores]
@@ -214,9 +236,24 @@ def score(
     return collect(sequences, results)
 
 
-def hidden_states(model: Qwen35, sequences: Sequences) -> list[Float32[np.ndarray, "B T D"]]:
+def _one_ahead(batches: Iterator[Any]) -> Iterator[Any]:
+    """Starts each batch before the results of the one before it are waited for: the device need not wait for copies."""
+    before = next(batches, None)
+    for batch in batches:
+        yield before
+        before = batch
+    if before is not None:
+        yield before
+
+
+def hidden_states(
+    model: Qwen35, sequences: Sequences, *, mesh: jax.sharding.Mesh | None = None
+) -> list[Float32[np.ndarray, "B T D"]]:
     """Returns a reference's final hidden states, batch by batch, for `score`; D floats a token of memory."""
-    return [np.asarray(_hidden(model, tokens_BT)) for _, tokens_BT in _batches(sequences)]
+    mesh = meshes.create() if mesh is None else mesh
+    model = meshes.place(model, mesh, meshes.rows(model, mesh))
+    batches = (meshes.place(tokens_BT, mesh, BY_BATCH) for _, tokens_BT in _batches(sequences, mesh.size))
+    return [meshes.to_host(x_BTD) for x_BTD in _one_ahead(_hidden(model, batch, mesh=mesh) for batch in batches)]
 
 
 def collect(sequences: Sequences, results: Sequence[Sequence[np.ndarray]]) -> TokenScores:
@@ -228,13 +265,13 @@ def collect(sequences: Sequences, results: Sequence[Sequence[np.ndarray]]) -> To
     return TokenScores(*columns, index, np.concatenate(roles))
 
 
-def _batches(sequences: Sequences) -> list[tuple[list[int], Int32[Array, "B T"]]]:
+def _batches(sequences: Sequences, devices: int = 1) -> list[tuple[list[int], Int32[np.ndarray, "B T"]]]:
     """Groups sequences into batches of few shapes, so that few are compiled; all windows of packed text have one.
 
     Padding is on the right, where no scored token sees it. A batch that is not full repeats no sequence: its other
-    rows are zeros.
+    rows are zeros. The number of rows is a multiple of that of the devices.
     """
-    budget = _BATCH_TOKENS.get(jax.default_backend(), 2048)
+    budget = devices * _BATCH_TOKENS.get(jax.default_backend(), 2048)
     groups: dict[int, list[int]] = {}
     for index, (tokens, roles) in enumerate(zip(sequences.tokens, sequences.roles)):
         bucket = len(tokens) if roles is None else max(_SHORTEST_BUCKET, 1 << (len(tokens) - 1).bit_length())
@@ -244,10 +281,10 @@ def _batches(sequences: Sequences) -> list[tuple[list[int], Int32[Array, "B T"]]
         size = min(max(1, budget // bucket), len(members))
         for start in range(0, len(members), size):
             rows = members[start : start + size]
-            tokens_BT = np.zeros((size, bucket), np.int32)
+            tokens_BT = np.zeros((-(-size // devices) * devices, bucket), np.int32)
             for row, index in enumerate(rows):
                 tokens_BT[row, : len(sequences.tokens[index])] = sequences.tokens[index]
-            batches.append((rows, jnp.asarray(tokens_BT)))
+            batches.append((rows, tokens_BT))
     return batches
 
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from sqjax import calibration, distillation, gguf_file
+from sqjax import mesh as meshes
 from sqjax.measuring import prepare
 from sqjax.quantizer import Recipe
 from sqjax.quantizer import quantize as rounded
@@ -43,6 +44,8 @@ def calibrate(
     tokens: int = 1_000_000,
     length: int = 512,
     batch: int = 8,
+    shard: int = 1,
+    passes: int = 1,
     seed: int = 0,
     imatrix: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -54,7 +57,9 @@ def calibrate(
       text: what to measure on; the package's own prompts unless given.
       tokens: about how many tokens of it.
       length: tokens of a window.
-      batch: windows at a time.
+      batch: windows at a time, over all devices.
+      shard: devices that share one copy of the weights and Grams; the others multiply the batch.
+      passes: over the text, each for some of the matrices, where not all Grams fit at once.
       seed: of the order of documents and of the labels drawn from the model.
       imatrix: also write the importance matrix to this file, in llama.cpp's GGUF format.
 
@@ -63,14 +68,15 @@ def calibrate(
     """
     start = time.monotonic()
     checkpoint = open_model(model)
-    statistics, about = _measure(checkpoint, text, Path(out), tokens, length, batch, seed)
-    if imatrix is not None:
+    sharing = {"batch": batch, "shard": shard, "passes": passes}
+    statistics, about = _measure(checkpoint, text, Path(out), tokens, length, seed, **sharing)
+    if imatrix is not None and meshes.is_first():
         calibration.write_imatrix(imatrix, statistics, checkpoint.config, str(about["text"]))
     result = {"folder": str(out)} | about | {"tokens": statistics.tokens}
     return result | usage() | {"seconds": time.monotonic() - start}
 
 
-def _measure(checkpoint, text, folder, tokens, length, batch, seed) -> tuple[Statistics, dict[str, Any]]:
+def _measure(checkpoint, text, folder, tokens, length, seed, **sharing) -> tuple[Statistics, dict[str, Any]]:
     sources = [text] if isinstance(text, str | Path) else list(text)
     texts = open_texts(sources, seed=seed)
     windows_WT = calibration.calibration_windows(texts, checkpoint.tokenizer, length, tokens)
@@ -82,8 +88,8 @@ def _measure(checkpoint, text, folder, tokens, length, batch, seed) -> tuple[Sta
             windows_WT,
             folder,
             about=about,
-            batch=batch,
             seed=seed,
+            **sharing,
             progress=report,
         )
     return statistics, about | {"windows_sha256": calibration.digest(windows_WT)}
@@ -133,12 +139,14 @@ def quantize(
         calibration.check_model(measured, checkpoint.config)
     elif chosen.needs_statistics:
         folder = Path(f"{out}.statistics")
-        measured, about = _measure(checkpoint, text or CALIBRATION_SUITE, folder, tokens, 512, 8, seed)
+        measured, about = _measure(checkpoint, text or CALIBRATION_SUITE, folder, tokens, 512, seed)
     with progress(f"rounding by {Path(recipe).stem}") as report:
         tensors = rounded(checkpoint.config, checkpoint.tensors, measured, chosen, report)
     written = {name: jax.tree.map(np.asarray, tensor) for name, tensor in tensors.items()}
     made = {"recipe": Path(recipe).stem, "settings": dataclasses.asdict(chosen), "calibration": about, "seed": seed}
-    gguf_file.write_gguf(out, checkpoint, written, file_type="q4_k", provenance={"model": checkpoint.name} | made)
+    if meshes.is_first():
+        gguf_file.write_gguf(out, checkpoint, written, file_type="q4_k", provenance={"model": checkpoint.name} | made)
+    meshes.wait_for_all("written")
     return {"file": str(out)} | file_facts(out) | made | usage() | {"seconds": time.monotonic() - start}
 
 
@@ -181,15 +189,20 @@ def refine(
     made = {"model": checkpoint.name, "text": [Path(source).name for source in sources], "tokens": tokens}
     made |= {"start_sha256": sha256(file), "windows_sha256": calibration.digest(windows_WT), "seed": seed}
     made |= {"settings": dataclasses.asdict(chosen)}
-    distillation.claim(folder, made, resume=resume)
+    if meshes.is_first():
+        distillation.claim(folder, made, resume=resume)
+    meshes.wait_for_all("claimed")
     watched = None
     if chosen.watch != "heldout":
         watched = prepare(checkpoint, chosen.watch, length=chosen.length, windows=chosen.watch_windows or None)
     loop = distillation.prepare(checkpoint, begin, windows_WT, watched, settings=chosen, tokens=tokens, seed=seed)
     with progress("refining") as report:
         tensors, position = distillation.distill(loop, folder, resume=resume, progress=report)
-    gguf_file.write_gguf(out, begin, tensors, file_type="q4_k", provenance=made | dataclasses.asdict(position))
+    if meshes.is_first():
+        gguf_file.write_gguf(out, begin, tensors, file_type="q4_k", provenance=made | dataclasses.asdict(position))
+    meshes.wait_for_all("written")
     result = {"file": str(out)} | file_facts(out) | made | dataclasses.asdict(position)
     result |= usage() | {"seconds": time.monotonic() - start}
-    distillation.finish(folder, result)
+    if meshes.is_first():
+        distillation.finish(folder, result)
     return result

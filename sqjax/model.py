@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Int
 from sqjax import delta_rule
 from sqjax.config import FULL, LINEAR, ModelConfig, is_matrix, tensor_name
 from sqjax.delta_rule import product
+from sqjax.mesh import whole
 from sqjax.run import InputError
 
 # (name of the projection, its input x_BTI, its output y_BTO) -> the output that the model goes on with
@@ -81,7 +82,8 @@ class Block(nnx.Module):
     def project(self, name: str, x_BTI: Array, probe: Probe | None = None, dtype=None) -> Float[Array, "B T O"]:
         """Multiplies by the named matrix; `dtype` of the result, that of the matrix unless given."""
         x_BTI = x_BTI.astype(self.dtype)
-        y_BTO = product("BTI,OI->BTO", x_BTI, getattr(self, name)[...], self.dtype if dtype is None else dtype)
+        weight_OI = whole(getattr(self, name)[...], self.config.block_shapes(self.layer_type)[name][0])
+        y_BTO = product("BTI,OI->BTO", x_BTI, weight_OI, self.dtype if dtype is None else dtype)
         return y_BTO if probe is None else probe(name, x_BTI, y_BTO)
 
     @property
@@ -210,7 +212,12 @@ class Qwen35(nnx.Module):
 
     def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Looks tokens up: the float32 residual stream that enters the first block."""
-        return jnp.take(self.token_embd[...], tokens_BT, axis=0, mode="clip").astype(jnp.float32)
+        table_VD = whole(self.token_embd[...], self.config.vocab_size)
+        return jnp.take(table_VD, tokens_BT, axis=0, mode="clip").astype(jnp.float32)
+
+    def head(self) -> Float[Array, "V D"]:
+        """Returns the output matrix, which is the embedding where they are tied."""
+        return whole((self.token_embd if self.output is None else self.output)[...], self.config.vocab_size)
 
     def trunk(
         self,
@@ -260,9 +267,12 @@ class Qwen35(nnx.Module):
         """Returns the normalised last hidden state of each token; arguments as for `trunk`."""
         return self.trunk(self.embed(tokens_BT), observe=observe, probes=probes, remat=remat)
 
-    def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Returns float32 logits of hidden states; give it chunks of tokens where B T V floats are too many."""
-        weight_VD = (self.token_embd if self.output is None else self.output)[...]
+    def logits(self, hidden_BTD: Float[Array, "B T D"], head_VD: Array | None = None) -> Float[Array, "B T V"]:
+        """Returns float32 logits of hidden states; give it chunks of tokens where B T V floats are too many.
+
+        `head_VD` is what `head` returned, where one call of it serves many chunks.
+        """
+        weight_VD = self.head() if head_VD is None else head_VD
         return product("BTD,VD->BTV", hidden_BTD.astype(weight_VD.dtype), weight_VD, jnp.float32)
 
 

@@ -11,7 +11,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
+
+# Columns that a blocked Cholesky factorization takes at a time.
+_PANEL = 256
 
 
 @jax.tree_util.register_dataclass
@@ -48,34 +52,54 @@ def matmul(left: Float[Array, "*batch M K"], right: Float[Array, "*batch K N"]) 
     return jnp.matmul(left, right, precision="highest")
 
 
-@jax.jit
 def shape_gram(
-    gram_II: Float[Array, "I I"], gamma: float | Float[Array, ""], damping: float | Float[Array, ""]
-) -> Float[Array, "I I"]:
+    gram_II: Float[Array, "*batch I I"], gamma: float | Float[Array, ""], damping: float | Float[Array, ""]
+) -> Float[Array, "*batch I I"]:
     """Raises the eigenvalues of a damped Gram to the power gamma, keeping its mean eigenvalue.
 
     Returns (A + damping * mean(diag A) I)^gamma, scaled to the trace of the damped A. gamma = 0 gives a multiple of the
-    identity (plain rounding), gamma = 1 the damped Gram itself.
+    identity (plain rounding), gamma = 1 the damped Gram itself. On TPUs it is computed on the host, in float64, because
+    the compiler there takes longer over the eigenvectors of a large matrix than all of rounding does.
     """
-    gram_II = 0.5 * (gram_II + gram_II.T)
-    size = gram_II.shape[0]
-    mean = jnp.trace(gram_II) / size
-    eigenvalues_I, vectors_II = jnp.linalg.eigh(gram_II / mean)
+    if jax.default_backend() == "tpu":
+        return jnp.asarray(_shaped(np.asarray(gram_II, np.float64), gamma, damping, np).astype(np.float32))
+    return _shape_on_device(gram_II, gamma, damping)
+
+
+@jax.jit
+def _shape_on_device(gram_II, gamma, damping):
+    shape = gram_II.shape
+    shaped = jax.vmap(lambda gram_II: _shaped(gram_II, gamma, damping, jnp))(gram_II.reshape(-1, *shape[-2:]))
+    return shaped.reshape(shape)
+
+
+def _shaped(gram_II, gamma, damping, xp):
+    """Shapes with JAX or, with `xp` NumPy and any leading axes, on the host in the precision of what it gets."""
+    gram_II = 0.5 * (gram_II + xp.swapaxes(gram_II, -1, -2))
+    size = gram_II.shape[-1]
+    mean = (xp.trace(gram_II, axis1=-2, axis2=-1) / size)[..., None]
+    eigenvalues_I, vectors_II = xp.linalg.eigh(gram_II / mean[..., None])
     # Rounding in float32 leaves eigenvalues of about -1e-7 of the largest where A has no rank.
-    damped_I = jnp.maximum(eigenvalues_I, 0.0) + damping
+    damped_I = xp.maximum(eigenvalues_I, 0.0) + damping
     powered_I = damped_I**gamma
-    powered_I = powered_I * (jnp.sum(damped_I) / jnp.sum(powered_I)) * mean
-    return matmul(vectors_II * powered_I[None, :], vectors_II.T)
+    powered_I = powered_I * (xp.sum(damped_I, axis=-1) / xp.sum(powered_I, axis=-1))[..., None] * mean
+    product = np.matmul if xp is np else matmul
+    return product(vectors_II * powered_I[..., None, :], xp.swapaxes(vectors_II, -1, -2))
 
 
-def truncate_gram(gram_II: Float[Array, "I I"], rank: int) -> Float[Array, "I I"]:
+def truncate_gram(gram_II: Float[Array, "*batch I I"], rank: int) -> Float[Array, "*batch I I"]:
     """Keeps the `rank` largest eigenvalues of a Gram and replaces the others by their mean; 0 keeps all."""
-    size = gram_II.shape[0]
+    size = gram_II.shape[-1]
     if not 0 < rank < size:
         return gram_II
-    eigenvalues_I, vectors_II = jnp.linalg.eigh(0.5 * (gram_II + gram_II.T))
-    eigenvalues_I = eigenvalues_I.at[: size - rank].set(jnp.mean(eigenvalues_I[: size - rank]))
-    return matmul(vectors_II * eigenvalues_I[None, :], vectors_II.T)
+    # On TPUs on the host, as for `shape_gram`.
+    xp = np if jax.default_backend() == "tpu" else jnp
+    gram_II = np.asarray(gram_II, np.float64) if xp is np else gram_II
+    eigenvalues_I, vectors_II = xp.linalg.eigh(0.5 * (gram_II + xp.swapaxes(gram_II, -1, -2)))
+    low_I = xp.broadcast_to(xp.mean(eigenvalues_I[..., : size - rank], axis=-1, keepdims=True), eigenvalues_I.shape)
+    eigenvalues_I = xp.where(np.arange(size) < size - rank, low_I, eigenvalues_I)
+    product = np.matmul if xp is np else matmul
+    return jnp.asarray(product(vectors_II * eigenvalues_I[..., None, :], xp.swapaxes(vectors_II, -1, -2)), jnp.float32)
 
 
 def damp(gram_II: Float[Array, "I I"], damping: float | Float[Array, ""]) -> Float[Array, "I I"]:
@@ -85,6 +109,48 @@ def damp(gram_II: Float[Array, "I I"], damping: float | Float[Array, ""]) -> Flo
     return gram_II + damping * (jnp.trace(gram_II) / size) * jnp.eye(size, dtype=gram_II.dtype)
 
 
+def cholesky(gram_II: Float[Array, "*batch I I"]) -> Float[Array, "*batch I I"]:
+    """Returns the lower triangular L with gram = L L^T; only the lower half of a Gram is read.
+
+    On TPUs in panels, in a loop: the compiler there does not finish the factorization of thousands of columns at once.
+    """
+    if gram_II.shape[-1] <= 2 * _PANEL:
+        return jnp.linalg.cholesky(gram_II, symmetrize_input=False)
+    whole = lambda gram_II: jnp.linalg.cholesky(gram_II, symmetrize_input=False)  # noqa: E731
+    return jax.lax.platform_dependent(gram_II, tpu=cholesky_in_panels, default=whole)
+
+
+def cholesky_in_panels(gram_II: Float[Array, "*batch I I"]) -> Float[Array, "*batch I I"]:
+    """The same, 256 columns at a time: factor the diagonal block, solve for the rows below it, update what is left.
+
+    A panel's product meets the whole matrix, not the part that is left: three times the operations, one small program.
+    """
+    shape = gram_II.shape
+    return jax.vmap(_panels)(gram_II.reshape(-1, *shape[-2:])).reshape(shape)
+
+
+def _panels(gram_II):
+    size = gram_II.shape[0]
+    fill = -size % _PANEL
+    index_I = jnp.arange(size + fill)
+    matrix = jnp.pad(jnp.tril(gram_II) + jnp.tril(gram_II, -1).T, ((0, fill), (0, fill)))
+    # The rows and columns that fill the last panel are those of the identity.
+    matrix = matrix + jnp.diag((index_I >= size).astype(gram_II.dtype))
+
+    def panel(number, matrix):
+        start = number * _PANEL
+        columns_IP = jax.lax.dynamic_slice_in_dim(matrix, start, _PANEL, axis=1)
+        block_PP = jax.lax.dynamic_slice_in_dim(columns_IP, start, _PANEL, axis=0)
+        factor_PP = jnp.linalg.cholesky(block_PP, symmetrize_input=False)
+        solved_IP = jax.lax.linalg.triangular_solve(factor_PP, columns_IP, transpose_a=True, lower=True)
+        below_IP = jnp.where((index_I >= start + _PANEL)[:, None], solved_IP, 0.0)
+        matrix = matrix - matmul(below_IP, below_IP.T)
+        lower_IP = jax.lax.dynamic_update_slice_in_dim(below_IP, factor_PP, start, axis=0)
+        return jax.lax.dynamic_update_slice_in_dim(matrix, lower_IP, start, axis=1)
+
+    return jnp.tril(jax.lax.fori_loop(0, len(index_I) // _PANEL, panel, matrix))[:size, :size]
+
+
 def upper_factor(gram_II: Float[Array, "*batch I I"]) -> Float[Array, "*batch I I"]:
     """Returns the upper triangular V with gram = V V^T, through the Cholesky factor of the reversed matrix.
 
@@ -92,7 +158,7 @@ def upper_factor(gram_II: Float[Array, "*batch I I"]) -> Float[Array, "*batch I 
     from left to right, each making good the errors before it.
     """
     flipped_II = jnp.flip(gram_II, axis=(-2, -1))
-    return jnp.flip(jnp.linalg.cholesky(flipped_II, symmetrize_input=False), axis=(-2, -1))
+    return jnp.flip(cholesky(flipped_II), axis=(-2, -1))
 
 
 def conditional_variance(gram_II: Float[Array, "*batch I I"]) -> Float[Array, "*batch I"]:

@@ -19,11 +19,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from sqjax import mesh as meshes
 from sqjax import rounding
 from sqjax.config import FULL, LINEAR, ModelConfig, is_matrix, tensor_name
 from sqjax.equalize import equalizing_scale
 from sqjax.model import Block, Qwen35
-from sqjax.objective import Problem, conditional_variance, damp, matmul, shape_gram, truncate_gram
+from sqjax.objective import Problem, cholesky, conditional_variance, damp, matmul, shape_gram, truncate_gram
 from sqjax.q4_k import Q4K, SUPER_BLOCK, dequantize
 from sqjax.run import InputError
 from sqjax.statistics import Statistics
@@ -96,21 +97,51 @@ STEPS: Mapping[str, Step] = {
 }
 
 
-def solve(problems: Sequence[Problem], names: Sequence[str], sweeps: int) -> list[Q4K]:
-    """Chains the named steps on problems of one shape, all matrices at once."""
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *problems)
+def solve(problems: Sequence[Problem], recipe: Recipe, names: Sequence[str] = ()) -> list[Q4K]:
+    """Shapes the Grams of matrices of one shape as the recipe says and chains its steps on all of them at once.
+
+    The matrices are shared by all devices of all hosts, and every host gets every solution.
+
+    Args:
+      problems: matrices and their Grams as they were measured.
+      names: the steps, those of the recipe unless given.
+    """
+    stacked = _shaped(_spread(problems), recipe)
     solution = None
-    for name in names:
+    for name in names or recipe.steps:
         if name in ("nearest", "importance"):
             # These are llama.cpp's bit for bit, by programs of their own that take one matrix.
-            parts = [STEPS[name](problem, None) for problem in problems]
+            each = [jax.tree.map(lambda leaf: leaf[i], stacked) for i in range(len(stacked.weight_OI))]  # noqa: B023
+            parts = [STEPS[name](problem, None) for problem in each]
             solution = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
         elif name in ("search", "feedback"):
             solution = STEPS[name](stacked, solution)
         else:
-            options = {"sweeps": sweeps} if name.startswith("descend") else {}
+            options = {"sweeps": recipe.sweeps} if name.startswith("descend") else {}
             solution = jax.vmap(functools.partial(STEPS[name], **options))(stacked, solution)
+    if len(jax.devices()) > 1:
+        solution = jax.tree.map(jnp.asarray, meshes.to_host(solution))
     return [jax.tree.map(lambda leaf: leaf[index], solution) for index in range(len(problems))]  # noqa: B023
+
+
+def _spread(problems: Sequence[Problem]) -> Problem:
+    """Stacks problems; where there are several devices, each gets as many, the last of them filled up with copies."""
+    mesh = meshes.create()
+    if mesh.size == 1:
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *problems)
+    problems = [*problems, *[problems[0]] * (-len(problems) % mesh.size)]
+    stacked = jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *problems)
+    return meshes.place(stacked, mesh, meshes.BY_BATCH)
+
+
+def _shaped(stacked: Problem, recipe: Recipe) -> Problem:
+    """Returns stacked problems under the recipe's shaping."""
+    gram_in_MII, gram_out_MOO = stacked.gram_in_II, None
+    gram_in_MII = shape_gram(truncate_gram(gram_in_MII, recipe.rank_in), recipe.gamma_in, recipe.damping_in)
+    if recipe.gamma_out and stacked.gram_out_OO is not None:
+        gram_out_MOO = truncate_gram(stacked.gram_out_OO, recipe.rank_out)
+        gram_out_MOO = shape_gram(gram_out_MOO, recipe.gamma_out, recipe.damping_out)
+    return Problem(stacked.weight_OI.astype(jnp.float32), gram_in_MII, gram_out_MOO)
 
 
 # ---- equalization
@@ -130,8 +161,8 @@ def equalize(
         name = functools.partial(tensor_name, layer)
         for attributes in STAGES[kind]:
             names = [name(attribute) for attribute in attributes]
-            gram_II = inputs[names[0]]
-            readers = [(tensors[n].astype(jnp.float32), jnp.diagonal(outputs[n])) for n in names]
+            gram_II = jnp.asarray(inputs[names[0]])
+            readers = [(tensors[n].astype(jnp.float32), jnp.diagonal(jnp.asarray(outputs[n]))) for n in names]
             source, tie_I = _scale_source(config, attributes[0])
             cost_I = conditional_variance(damp(gram_II, damping))
             scale_I = equalizing_scale(readers, cost_I, jnp.asarray(tie_I))
@@ -168,18 +199,6 @@ def _scale_source(config: ModelConfig, reader: str) -> tuple[str, np.ndarray]:
 # ---- one matrix
 
 
-def shaped_problem(
-    weight_OI: Float[Array, "O I"], gram_in_II: Array, gram_out_OO: Array | None, recipe: Recipe
-) -> Problem:
-    """Returns the rounding problem of a matrix under the recipe's shaping."""
-    gram_in_II = shape_gram(truncate_gram(gram_in_II, recipe.rank_in), recipe.gamma_in, recipe.damping_in)
-    if recipe.gamma_out == 0 or gram_out_OO is None:
-        gram_out_OO = None
-    else:
-        gram_out_OO = shape_gram(truncate_gram(gram_out_OO, recipe.rank_out), recipe.gamma_out, recipe.damping_out)
-    return Problem(weight_OI.astype(jnp.float32), gram_in_II, gram_out_OO)
-
-
 def round_table(
     weight_VD: Float[Array, "V D"],
     roles: Sequence[tuple[Float[Array, " V"], Float[Array, "D D"]]],
@@ -199,11 +218,14 @@ def round_table(
     order_V = jnp.argsort(shares_VR[:, -1])
     count = next(count for count in range(buckets, 0, -1) if rows % count == 0) if len(roles) > 1 else 1
     solutions = []
-    for rows_R in order_V.reshape(count, -1):
-        share_R = jnp.mean(shares_VR[rows_R], axis=0)
-        gram_DD = sum(share * gram_DD / trace for share, (_, gram_DD), trace in zip(share_R, roles, traces))
-        problem = shaped_problem(weight_VD[rows_R], gram_DD, None, recipe)
-        solutions += solve([problem], recipe.embedding_steps or recipe.steps, recipe.sweeps)
+    # As many buckets at once as there are devices.
+    for group in np.array_split(np.arange(count), -(-count // len(jax.devices()))):
+        problems = []
+        for rows_R in order_V.reshape(count, -1)[group]:
+            share_R = jnp.mean(shares_VR[rows_R], axis=0)
+            gram_DD = sum(share * gram_DD / trace for share, (_, gram_DD), trace in zip(share_R, roles, traces))
+            problems.append(Problem(weight_VD[rows_R], gram_DD))
+        solutions += solve(problems, recipe, recipe.embedding_steps)
     inverse_V = jnp.argsort(order_V)
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[inverse_V], *solutions)
 
@@ -246,34 +268,35 @@ def quantize(
         return result
     if statistics is None:
         raise InputError("this recipe needs statistics; give --statistics DIR, or --text and --tokens to measure them")
-    tensors = {name: jnp.asarray(tensors[name]).astype(jnp.float32) for name in config.tensor_shapes()}
+    load = lambda name: jnp.asarray(tensors[name]).astype(jnp.float32)  # noqa: E731
+    if recipe.equalize or recipe.sequential:
+        tensors = {name: load(name) for name in config.tensor_shapes()}
     if recipe.equalize:
         tensors, statistics = equalize(config, tensors, statistics, recipe.damping_in)
-    result = dict(tensors)
+    # Matrices that are rounded one by one come to the device one by one: a large model need not fit it whole.
+    whole = set() if recipe.sequential else set(matrices)
+    result = {name: load(name) for name in config.tensor_shapes() if name not in whole}
     for name in ("token_embd.weight", "output.weight"):
         if name in matrices:
-            result[name] = round_table(tensors[name], table_roles(name, config, statistics), recipe)
+            result[name] = round_table(load(name), table_roles(name, config, statistics), recipe)
             report(1)
     if recipe.sequential:
         return _round_sequentially(config, tensors, statistics, recipe, result, report)
     by_shape: dict[tuple[int, ...], list[str]] = {}
     for name in matrices:
         if name.startswith("blk."):
-            by_shape.setdefault(tuple(tensors[name].shape), []).append(name)
-    for names in by_shape.values():
-        for group in _groups(names, tensors[names[0]].shape):
-            problems = [
-                shaped_problem(tensors[name], statistics.input_gram(name), statistics.outputs[name], recipe)
-                for name in group
-            ]
-            result |= zip(group, solve(problems, recipe.steps, recipe.sweeps))
+            by_shape.setdefault(config.tensor_shapes()[name], []).append(name)
+    for shape, names in by_shape.items():
+        for group in _groups(names, shape):
+            problems = [Problem(load(n), *map(jnp.asarray, statistics.grams(n))) for n in group]
+            result |= zip(group, solve(problems, recipe))
             report(len(group))
-    return result
+    return {name: result[name] for name in config.tensor_shapes()}
 
 
 def _groups(names: list[str], shape: tuple[int, ...], elements: int = 1 << 26) -> Iterator[list[str]]:
     """Cuts matrices of one shape into groups whose weights and Grams fit a device side by side."""
-    size = max(1, elements // (shape[0] * shape[1] + shape[0] ** 2 + shape[1] ** 2))
+    size = max(1, elements // (shape[0] * shape[1] + shape[0] ** 2 + shape[1] ** 2)) * len(jax.devices())
     yield from (names[start : start + size] for start in range(0, len(names), size))
 
 
@@ -308,9 +331,9 @@ def _round_sequentially(config, tensors, statistics, recipe, result, report):
                 if tensors[name].shape[1] % SUPER_BLOCK:
                     continue
                 target_OI = matched_target(tensors[name], own_II, cross_II, recipe.correction_damping)
-                problems[attribute] = shaped_problem(target_OI, own_II, statistics.outputs[name], recipe)
+                problems[attribute] = Problem(target_OI, own_II, jnp.asarray(statistics.outputs[name]))
             for group in _same_shape(problems):
-                solutions = solve([problems[attribute] for attribute in group], recipe.steps, recipe.sweeps)
+                solutions = solve([problems[attribute] for attribute in group], recipe)
                 for attribute, solution in zip(group, solutions):
                     result[tensor_name(layer, attribute)] = solution
                     setattr(student, attribute, nnx.Param(dequantize(solution)))
@@ -342,8 +365,12 @@ def matched_target(weight_OI: Array, own_II: Array, cross_II: Array, damping: fl
       Zhang et al., Qronos, 2025. https://arxiv.org/abs/2505.11695
     """
     shift_OI = matmul(weight_OI, cross_II - own_II)
-    factor = jax.scipy.linalg.cho_factor(damp(own_II, damping))
-    return weight_OI + jax.scipy.linalg.cho_solve(factor, shift_OI.T).T
+    return weight_OI + _solve_damped(own_II, shift_OI, damping)
+
+
+@jax.jit
+def _solve_damped(gram_II, rows_OI, damping):
+    return jax.scipy.linalg.cho_solve((cholesky(damp(gram_II, damping)), True), rows_OI.T).T
 
 
 @functools.partial(jax.jit, static_argnames="attribute")
@@ -380,7 +407,7 @@ def paired_grams(
     return tuple(total / tokens for total in sums)
 
 
-@jax.jit
+@functools.partial(jax.jit, donate_argnums=1)
 def run_block(block: Block, x_WTD: Float[Array, "W T D"]) -> Float[Array, "W T D"]:
-    """Runs one block over many windows, a few at a time."""
+    """Runs one block over many windows, a few at a time, into the memory of what it is given."""
     return jax.lax.map(lambda x_TD: block(x_TD[None])[0], x_WTD, batch_size=8)

@@ -58,6 +58,7 @@ class Refinement:
       accumulate: micro-batches that an update is summed over; 0 for as few as the device's memory allows.
       chunk: tokens whose logits exist at a time.
       remat: recompute blocks in the backward pass.
+      shard: devices that share one copy of the weights, the latent values and the optimizer's state.
       dtype: bf16 or f32 for matrices and products; auto takes f32 on CPU, else bf16. State is float32 in either.
       watch: suite or text whose KL chooses the best state; `heldout` takes windows of the calibration text.
       watch_every: updates between two looks at it.
@@ -84,6 +85,7 @@ class Refinement:
     accumulate: int = 0
     chunk: int = 1024
     remat: bool = True
+    shard: int = 1
     dtype: str = "auto"
     watch: str = "convergence60"
     watch_every: int = 50
@@ -99,7 +101,7 @@ class Refinement:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"the setting {name} is {getattr(self, name)!r}; choose {', '.join(allowed)}")
-        for name in ("length", "batch", "chunk", "watch_every", "checkpoint_every", "checkpoints"):
+        for name in ("length", "batch", "chunk", "watch_every", "checkpoint_every", "checkpoints", "shard"):
             if getattr(self, name) < 1:
                 raise InputError(f"the setting {name} is {getattr(self, name)}; it must be at least 1")
         if not any(self.rates.values()):
@@ -280,8 +282,7 @@ def model_loss(
     pairs = []
     for model, again in ((student, remat), (teacher, False)):
         hidden_BTD = model.hidden(tokens_BT, remat=again)
-        table_VD = (model.token_embd if model.output is None else model.output)[...]
-        pairs += [hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), table_VD]
+        pairs += [hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), model.head()]
     return distillation_loss(*pairs, weight_BT.reshape(-1), min(chunk, weight_BT.size))
 
 

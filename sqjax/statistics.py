@@ -11,14 +11,16 @@ memory for any vocabulary); as the table its rows weigh the number of times they
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from sqjax import mesh as meshes
 from sqjax.config import ModelConfig, tensor_name
+from sqjax.mesh import BATCH, BY_BATCH, COPIED, DATA, MODEL
 from sqjax.model import Qwen35
 from sqjax.run import InputError
 
@@ -65,14 +67,14 @@ class Sums:
     tokens: Float[Array, ""]
 
 
-def empty(model: Qwen35) -> Sums:
-    """Returns sums of zero for a model."""
+def empty(model: Qwen35, names: Sequence[str] = PROJECTIONS) -> Sums:
+    """Returns sums of zero for the named projections of a model, and for its embedding."""
     config = model.config
     width, vocabulary = config.hidden_size, config.vocab_size
     blocks = []
     for block in model.blocks:
         sums = {}
-        for name in PROJECTIONS:
+        for name in names:
             if (weight := getattr(block, name, None)) is None:
                 continue
             repeats, rows, columns = weight[...].shape
@@ -83,6 +85,63 @@ def empty(model: Qwen35) -> Sums:
     square = lambda: jnp.zeros((width, width), jnp.float32)  # noqa: E731
     vector = lambda: jnp.zeros(vocabulary, jnp.float32)  # noqa: E731
     return Sums(blocks, square(), vector(), square(), vector(), jnp.float32(0.0))
+
+
+def gram_sizes(config: ModelConfig) -> dict[str, int]:
+    """Returns how many elements the Grams of each projection have, over all layers."""
+    sizes: dict[str, int] = {}
+    for kind in config.layer_types:
+        for name, shape in config.block_shapes(kind).items():
+            if name in PROJECTIONS:
+                own = shape[0] ** 2 + (0 if name in SHARED_INPUT else shape[1] ** 2)
+                sizes[name] = sizes.get(name, 0) + own
+    return sizes
+
+
+def parts(config: ModelConfig, passes: int) -> list[tuple[str, ...]]:
+    """Deals projections out to passes over the text, so that Grams fit that would not at once; the largest first."""
+    sizes = gram_sizes(config)
+    dealt: list[list[str]] = [[] for _ in range(passes)]
+    total = lambda names: sum(sizes[name] for name in names)  # noqa: E731
+    for name in sorted(sizes, key=sizes.get, reverse=True):
+        min(dealt, key=total).append(name)
+    return [tuple(names) for names in sorted(dealt, key=total, reverse=True) if names]
+
+
+def spread_specs(sums: Sums, mesh: jax.sharding.Mesh) -> Sums:
+    """Returns the specs of sums on a mesh, where each leaf has a leading axis of the devices that keep sums apart.
+
+    Grams of blocks have their rows spread over `model`, and one copy for each place along `data`; what is small, and
+    Grams whose rows cannot be shared equally, have one copy on every device. Nothing is added before the end.
+    """
+
+    def spec(gram_OO):
+        return BY_BATCH if gram_OO.shape[-1] % mesh.shape[MODEL] else jax.P(DATA, None, MODEL)
+
+    return Sums(jax.tree.map(spec, sums.blocks), *(BY_BATCH,) * 5)
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def spread(sums: Sums, mesh: jax.sharding.Mesh) -> Sums:
+    """Puts sums on a mesh: what there is in the first place of each leading axis, zeros in the others."""
+
+    def widen(leaf, spec):
+        count = mesh.shape[DATA] if spec[0] == DATA else mesh.size
+        wide = jnp.zeros((count, *leaf.shape), leaf.dtype).at[0].set(leaf)
+        return jax.lax.with_sharding_constraint(wide, jax.sharding.NamedSharding(mesh, spec))
+
+    return jax.tree.map(widen, sums, spread_specs(sums, mesh))
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def folded(sums: Sums, mesh: jax.sharding.Mesh) -> Sums:
+    """Adds over devices what `spread` keeps apart."""
+
+    def fold(leaf, spec):
+        sharding = jax.sharding.NamedSharding(mesh, jax.P(*spec[1:]))
+        return jax.lax.with_sharding_constraint(jnp.sum(leaf, axis=0), sharding)
+
+    return jax.tree.map(fold, sums, spread_specs(sums, mesh))
 
 
 def gram(rows_ND: Float[Array, "*N D"]) -> Float[Array, "D D"]:
@@ -98,21 +157,21 @@ def observe(accumulators: Mapping[str, Array], x: Array, y: Array) -> Array:
 
 
 def _observe_forward(accumulators, x, y):
-    # A dictionary of None has its keys in the tree's structure and no leaves: what is to be summed, and nothing more.
-    kinds = dict.fromkeys(accumulators)
+    # Arrays without elements tell what is to be summed, and how many of its rows are this device's.
+    kinds = {kind: jnp.zeros((total.shape[0], 0)) for kind, total in accumulators.items()}
     return y, (kinds, x if "input" in kinds else jnp.zeros((0, *x.shape), x.dtype))
 
 
 def _observe_backward(residuals, cotangent):
     kinds, x = residuals
-    sums = {kind: gram(x if kind == "input" else cotangent) for kind in kinds}
+    sums = {kind: meshes.share(gram(x if kind == "input" else cotangent), len(kinds[kind])) for kind in kinds}
     return sums, jnp.zeros(x.shape if "input" in kinds else x.shape[1:], x.dtype), cotangent
 
 
 observe.defvjp(_observe_forward, _observe_backward)
 
 
-@functools.partial(jax.jit, donate_argnums=1, static_argnames="chunk")
+@functools.partial(jax.jit, donate_argnums=1, static_argnames=("chunk", "mesh"))
 def accumulate(
     model: Qwen35,
     sums: Sums,
@@ -121,37 +180,50 @@ def accumulate(
     key: Array,
     *,
     chunk: int = 1024,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Sums:
     """Adds one batch to the sums, in one forward and one backward pass.
 
     Args:
-      tokens_BT: text, padded on the right.
+      sums: what `empty` or an earlier batch gave; on a mesh, what `spread` made of it.
+      tokens_BT: text, padded on the right; on a mesh, spread as BY_BATCH says.
       mask_BT: 1.0 for a token that counts, 0.0 for padding.
-      key: draws the labels, one for every token.
-      chunk: tokens whose logits are held at a time.
+      key: draws the labels, one for every token, the same however the batch is shared among devices.
+      chunk: tokens whose logits a device holds at a time.
+      mesh: devices that share the batch, or None for one.
     """
+    if mesh is None:
+        return jax.tree.map(jnp.add, sums, _sums_of(model, sums.blocks, tokens_BT, mask_BT, key, 0, chunk))
+
+    def on_device(model, sums, tokens_BT, mask_BT, key_data):
+        own = jax.tree.map(lambda leaf: leaf[0], sums)
+        first = 0 if mesh.size == 1 else jax.lax.axis_index(BATCH) * tokens_BT.shape[0]
+        key = jax.random.wrap_key_data(key_data)
+        batch = _sums_of(model, own.blocks, tokens_BT, mask_BT, key, first, chunk)
+        return jax.tree.map(lambda total, new: (total + new)[None], own, batch)
+
+    inputs = (meshes.rows, spread_specs, BY_BATCH, BY_BATCH, COPIED)
+    run = meshes.over(mesh, on_device, inputs, lambda specs: specs[1])
+    return run(model, sums, tokens_BT, mask_BT, jax.random.key_data(key))
+
+
+def _sums_of(model, like, tokens_BT, mask_BT, key, first_row, chunk):
+    """Sums of one batch, its Grams shaped `like` those that they will be added to."""
 
     def loss(probes, embedded_BTD):
         # Padding contributes no input; it contributes no gradient either, since no later token counts.
         tap = lambda accumulators, x, y: observe(accumulators, _masked(x, mask_BT), y)  # noqa: E731
         hidden_BTD = model.trunk(embedded_BTD, observe=tap, probes=probes, remat=True)
-        value, head_weight_V = _sampled_loss(model, hidden_BTD, mask_BT, key, chunk)
+        value, head_weight_V = _sampled_loss(model, hidden_BTD, mask_BT, key, chunk, first_row)
         return value, (hidden_BTD, head_weight_V)
 
     embedded_BTD = model.embed(tokens_BT)
     gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
-    zeros = jax.tree.map(jnp.zeros_like, sums.blocks)
+    zeros = jax.tree.map(jnp.zeros_like, like)
     (blocks, lookup_BTD), (hidden_BTD, head_weight_V) = gradient(zeros, embedded_BTD)
-    counts_V = jnp.zeros_like(sums.lookup_count_V).at[tokens_BT.reshape(-1)].add(mask_BT.reshape(-1))
-    batch = Sums(
-        blocks,
-        gram(_masked(hidden_BTD, mask_BT)),
-        head_weight_V,
-        gram(lookup_BTD),
-        counts_V,
-        jnp.sum(mask_BT),
-    )
-    return jax.tree.map(jnp.add, sums, batch)
+    counts_V = jnp.zeros(model.config.vocab_size, jnp.float32).at[tokens_BT.reshape(-1)].add(mask_BT.reshape(-1))
+    head_gram_DD = gram(_masked(hidden_BTD, mask_BT))
+    return Sums(blocks, head_gram_DD, head_weight_V, gram(lookup_BTD), counts_V, jnp.sum(mask_BT))
 
 
 @functools.partial(jax.jit, donate_argnums=1, static_argnames="chunk")
@@ -216,8 +288,10 @@ def _masked(x_BTD, mask_BT):
     return x_BTD * mask_BT[..., None].astype(x_BTD.dtype)
 
 
-def _sampled_loss(model, hidden_BTD, mask_BT, key, chunk):
+def _sampled_loss(model, hidden_BTD, mask_BT, key, chunk, first_row=0):
     """Negative log-likelihood of labels drawn from the model, summed over tokens, and the sum of p (1 - p)."""
+    head_VD = model.head()
+    first_token, chunk = first_row * hidden_BTD.shape[1], min(chunk, mask_BT.size)
     width = hidden_BTD.shape[-1]
     hidden_ND, mask_N = hidden_BTD.reshape(-1, width), mask_BT.reshape(-1)
     padding = -hidden_ND.shape[0] % chunk
@@ -225,10 +299,12 @@ def _sampled_loss(model, hidden_BTD, mask_BT, key, chunk):
     mask_KC = jnp.pad(mask_N, (0, padding)).reshape(-1, chunk)
 
     @jax.checkpoint
-    def one(hidden_CD, mask_C, key):
-        logits_CV = model.logits(hidden_CD[None])[0]
-        # Logits are in nats relative to each other: the labels follow the model's own distribution.
-        label_C = jax.random.categorical(key, jax.lax.stop_gradient(logits_CV))
+    def one(hidden_CD, mask_C, number_C):
+        logits_CV = model.logits(hidden_CD[None], head_VD)[0]
+        # Logits are in nats relative to each other: the labels follow the model's own distribution. Each token has a
+        # key of its own, so that its label does not depend on how many devices share the batch.
+        key_C = jax.vmap(jax.random.fold_in, (None, 0))(key, number_C)
+        label_C = jax.vmap(jax.random.categorical)(key_C, jax.lax.stop_gradient(logits_CV))
         log_normalizer_C = jax.nn.logsumexp(logits_CV, axis=-1)
         taken_C = jnp.take_along_axis(logits_CV, label_C[:, None], axis=-1)[:, 0]
         p_CV = jnp.exp(jax.lax.stop_gradient(logits_CV - log_normalizer_C[:, None]))
@@ -240,8 +316,8 @@ def _sampled_loss(model, hidden_BTD, mask_BT, key, chunk):
         return (total[0] + value, total[1] + weight_V), None
 
     start = (jnp.float32(0.0), jnp.zeros(model.config.vocab_size, jnp.float32))
-    keys = jax.random.split(key, hidden_KCD.shape[0])
-    return jax.lax.scan(body, start, (hidden_KCD, mask_KC, keys))[0]
+    number_KC = first_token + jnp.arange(mask_KC.size, dtype=jnp.int32).reshape(mask_KC.shape)
+    return jax.lax.scan(body, start, (hidden_KCD, mask_KC, number_KC))[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,6 +344,10 @@ class Statistics:
     def input_gram(self, tensor: str) -> Float[Array, "I I"]:
         """Returns the Gram of what a matrix multiplies."""
         return self.inputs[input_name(tensor)]
+
+    def grams(self, tensor: str) -> tuple[Float[Array, "I I"], Float[Array, "O O"]]:
+        """Returns the Gram of what a matrix multiplies and that of the gradients at its outputs."""
+        return self.input_gram(tensor), self.outputs[tensor]
 
 
 def means(config: ModelConfig, sums: Sums, windows_WT: np.ndarray) -> Statistics:

@@ -7,7 +7,7 @@ import sqjax
 
 LAYERS = """
 run
-config q4_k delta_rule texts settings
+config q4_k delta_rule texts settings mesh
 least_squares
 tokens scales objective hub
 rounding equalize
@@ -19,6 +19,9 @@ statistics evaluation
 calibration runtime
 quantizer refinement
 distillation sources
+programs
+aot
+planning
 measuring report
 making
 pipeline

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sqjax import rounding
+from sqjax import objective, rounding
 from sqjax.objective import Problem, damp, proxy_loss, shape_gram, truncate_gram, upper_factor
 from sqjax.q4_k import Q4K, dequantize
 
@@ -59,6 +59,22 @@ def test_truncation_keeps_the_largest_eigenvalues_and_the_trace():
     np.testing.assert_allclose(values[-8:], np.linalg.eigvalsh(np.asarray(matrix, np.float64))[-8:], rtol=1e-3)
     assert np.ptp(values[:-8]) < 1e-3 * values[-1]
     np.testing.assert_allclose(values.sum(), float(jnp.trace(matrix)), rtol=1e-4)
+
+
+def test_cholesky_in_panels_is_the_cholesky_factor():
+    # 700 columns fill the third panel in part; the lower factor of a Gram is unique.
+    rows = np.random.default_rng(0).standard_normal((2, 1000, 700)).astype(np.float32)
+    grams = np.einsum("bni,bnj->bij", rows, rows) / 1000
+    factor = np.asarray(objective.cholesky_in_panels(jnp.asarray(grams)), np.float64)
+    np.testing.assert_allclose(factor, np.linalg.cholesky(grams.astype(np.float64)), atol=2e-6)
+
+
+def test_shaping_on_the_host_is_shaping_on_the_device(monkeypatch):
+    matrix = gram(3, COLUMNS)
+    expected = [shape_gram(matrix, 0.75, 0.01), truncate_gram(matrix, 16)]
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    for found, value in zip((shape_gram(matrix, 0.75, 0.01), truncate_gram(matrix, 16)), expected):
+        np.testing.assert_allclose(found, value, atol=1e-4 * float(jnp.max(jnp.abs(value))))
 
 
 def test_feedback_has_the_larger_weight_error_and_the_smaller_objective():

@@ -1,0 +1,168 @@
+"""Every jitted program of every stage, with shapes for arguments: to compile without weights, devices or text.
+
+Letters: A micro-batches, B windows, T tokens of a window, M matrices rounded at once, O out features, I in features,
+D model width.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from sqjax import distillation, evaluation, quantizer, rounding, statistics
+from sqjax import mesh as meshes
+from sqjax.config import ModelConfig, is_matrix
+from sqjax.distillation import BY_WINDOW, State
+from sqjax.equalize import equalizing_scale
+from sqjax.mesh import BY_BATCH, COPIED
+from sqjax.model import Qwen35, abstract
+from sqjax.objective import Problem
+from sqjax.q4_k import Q4K, SUB_BLOCK, SUPER_BLOCK
+from sqjax.refinement import Refinement, Student, initial, start_of
+from sqjax.scales import search_super_blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One jitted function and the shapes, dtypes and placement of its arguments.
+
+    Attributes:
+      stage: forward, statistics, rounding, refinement or evaluation.
+      name: which of the stage's programs.
+      function: what `jax.jit` returned.
+      arguments, options: abstract arrays, and static values.
+    """
+
+    stage: str
+    name: str
+    function: Callable[..., Any]
+    arguments: Sequence[Any]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def compile(self) -> jax.stages.Compiled:
+        """Compiles for the devices of the mesh that the arguments are placed on."""
+        return self.function.lower(*self.arguments, **self.options).compile()
+
+
+def placed(tree: Any, mesh: Mesh, specs: Any = COPIED) -> Any:
+    """Returns abstract arrays as `mesh.place` would place them."""
+    if isinstance(specs, jax.sharding.PartitionSpec):
+        specs = jax.tree.map(lambda _: specs, tree)
+    put = lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))  # noqa: E731
+    return jax.tree.map(put, tree, specs)
+
+
+def _array(mesh: Mesh, shape: Sequence[int], dtype=jnp.float32, spec=COPIED) -> jax.ShapeDtypeStruct:
+    return placed(jax.ShapeDtypeStruct(tuple(shape), dtype), mesh, spec)
+
+
+def _model(config: ModelConfig, mesh: Mesh, dtype) -> Qwen35:
+    model = abstract(config, dtype)
+    return placed(model, mesh, meshes.rows(model, mesh))
+
+
+def forward(config: ModelConfig, mesh: Mesh, batch: int, length: int, dtype=jnp.bfloat16) -> Program:
+    """The network on a batch of windows, to its final hidden states."""
+    tokens_BT = _array(mesh, (batch, length), jnp.int32, BY_BATCH)
+    return Program("forward", "hidden", evaluation._hidden, (_model(config, mesh, dtype), tokens_BT), {"mesh": mesh})
+
+
+def score(config: ModelConfig, mesh: Mesh, batch: int, length: int, chunk: int = 256, dtype=jnp.bfloat16) -> Program:
+    """Scores of one batch from the hidden states of two models."""
+    model = _model(config, mesh, dtype)
+    hidden_BTD = _array(mesh, (batch, length, config.hidden_size), jnp.float32, BY_BATCH)
+    arguments = (model, model, hidden_BTD, hidden_BTD, _array(mesh, (batch, length), jnp.int32, BY_BATCH))
+    return Program("evaluation", "score", evaluation._score_batch, arguments, {"chunk": chunk, "mesh": mesh})
+
+
+def accumulate(
+    config: ModelConfig,
+    mesh: Mesh,
+    batch: int,
+    length: int,
+    dtype=jnp.bfloat16,
+    names: Sequence[str] = statistics.PROJECTIONS,
+) -> Program:
+    """One batch added to the Grams of the named projections."""
+    model = abstract(config, dtype)
+    sums = jax.eval_shape(functools.partial(statistics.empty, names=tuple(names)), model)
+    wide = jax.eval_shape(functools.partial(statistics.spread, mesh=mesh), sums)
+    wide = placed(wide, mesh, statistics.spread_specs(sums, mesh))
+    key = placed(jax.eval_shape(lambda: jax.random.key(0)), mesh)
+    tokens_BT, mask_BT = (_array(mesh, (batch, length), kind, BY_BATCH) for kind in (jnp.int32, jnp.float32))
+    arguments = (_model(config, mesh, dtype), wide, tokens_BT, mask_BT, key)
+    return Program("statistics", "accumulate", statistics.accumulate, arguments, {"mesh": mesh})
+
+
+def abstract_start(config: ModelConfig) -> Student:
+    """Returns what refinement starts from, without values."""
+    tensors: dict[str, Any] = {}
+    for name, shape in config.tensor_shapes().items():
+        tensors[name] = jax.ShapeDtypeStruct(shape, jnp.float32)
+        if is_matrix(name, shape):
+            tensors[name] = solution(shape)
+    return jax.eval_shape(functools.partial(start_of, config), tensors)
+
+
+def solution(shape: Sequence[int]) -> Q4K:
+    """Returns a quantized matrix [..., O, I] without values."""
+    *rows, columns = shape
+    blocks = (*rows, -(-columns // SUPER_BLOCK))
+    groups = (*blocks, SUPER_BLOCK // SUB_BLOCK)
+    shapes = [(blocks, jnp.float16)] * 2 + [(groups, jnp.uint8)] * 2 + [((*groups, SUB_BLOCK), jnp.uint8)]
+    return Q4K(*(jax.ShapeDtypeStruct(*each) for each in shapes))
+
+
+def update(config: ModelConfig, mesh: Mesh, settings: Refinement) -> Program:
+    """One update of refinement; the settings state the micro-batches and the dtype."""
+    start = abstract_start(config)
+    optimizer = distillation.optimizer_of(settings)
+    state = jax.eval_shape(lambda start: (student := initial(start), State(student, optimizer.init(student)))[1], start)
+    trees = [placed(tree, mesh, meshes.rows(tree, mesh)) for tree in (state, start)]
+    shape = (settings.accumulate, settings.batch // settings.accumulate, settings.length)
+    batches = (_array(mesh, shape, kind, BY_WINDOW) for kind in (jnp.int32, jnp.float32))
+    teacher = _model(config, mesh, settings.compute_dtype)
+    arguments = (trees[0], teacher, trees[1], *batches, _array(mesh, ()))
+    return Program("refinement", "update", distillation.make_update(config, settings, mesh), arguments)
+
+
+def matrix_steps(mesh: Mesh, shape: tuple[int, int], count: int = 1) -> Iterator[Program]:
+    """The programs that round `count` matrices of one shape on each device, and those that measure their inputs."""
+    rows, columns = shape
+    many = count * mesh.size
+    array = functools.partial(_array, mesh, spec=BY_BATCH)
+    weight_MOI, gram_MII, gram_MOO = (array((many, *s)) for s in (shape, (columns, columns), (rows, rows)))
+    problem = Problem(weight_MOI, gram_MII, gram_MOO)
+    start = placed(solution((many, *shape)), mesh, BY_BATCH)
+    block = placed(solution((many, rows, SUPER_BLOCK)), mesh, BY_BATCH)
+    target_MON, number = array((many, rows, SUPER_BLOCK)), _array(mesh, (), jnp.int32)
+    name = f"{rows}x{columns}"
+    make = functools.partial(Program, "rounding")
+    yield make(f"factors of {columns}", rounding._feedback_factors, (gram_MII,))
+    shifted = (weight_MOI, weight_MOI, gram_MII, array((many, columns)), number)
+    yield make(f"target of {name}", rounding._shifted_target, shifted)
+    rounded = (weight_MOI, weight_MOI, gram_MII, target_MON, block, number)
+    yield make(f"feedback in {name}", rounding._round_super_block, rounded)
+    for step, options in (
+        (rounding.two_sided_feedback, {}),
+        (rounding.descend_codes, {"sweeps": 2}),
+        (rounding.descend_scales, {"sweeps": 2}),
+    ):
+        function = jax.jit(jax.vmap(functools.partial(step, **options)))
+        yield make(f"{step.__name__} of {name}", function, (problem, start))
+    one = functools.partial(_array, mesh)
+    solved = (one((columns, columns)), one(shape), one(()))
+    yield make(f"matched target of {name}", quantizer._solve_damped, solved)
+    reader = [(one(shape), one((rows,)))]
+    scaled = (reader, one((columns,)), one((columns,), jnp.int32))
+    yield make(f"channel scales of {name}", equalizing_scale, scaled)
+
+
+def search(mesh: Mesh, count: int) -> Program:
+    """The search of scales of `count` super-blocks."""
+    arrays = [_array(mesh, (count, SUPER_BLOCK), spec=BY_BATCH)] * 2
+    return Program("rounding", "search of scales", jax.jit(search_super_blocks), arrays)
