@@ -17,10 +17,14 @@ gguf_file
 model
 statistics evaluation
 calibration runtime
-quantizer refinement
+quantizer refinement studies
+variants
 distillation sources
-measuring report
+measuring report study_results
 making
+plans
+trials
+sweeping
 pipeline
 cli
 """
