@@ -159,7 +159,7 @@ def _range(name: str, value: Mapping[str, Any]) -> BaseDistribution:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Optuna marks its heartbeat and its constant liar as experimental, and warns of a heartbeat without its own loop."""
+    """Optuna marks heartbeats and its constant liar as experimental, and warns of heartbeats outside of its loop."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Heartbeat of storage")
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -173,7 +173,8 @@ def open_storage(url: str, search: Search) -> optuna.storages.RDBStorage:
       InputError: it is of another kind, or cannot be opened.
     """
     address = sqlalchemy.make_url(url)
-    options: dict[str, Any] = {"pool_pre_ping": True}
+    # No connection outlives what it was opened for: a trial takes minutes, and servers close idle ones.
+    options: dict[str, Any] = {"poolclass": sqlalchemy.pool.NullPool}
     if address.drivername == "sqlite":
         Path(address.database).parent.mkdir(parents=True, exist_ok=True)
         options["connect_args"] = {"timeout": 60}
@@ -181,8 +182,10 @@ def open_storage(url: str, search: Search) -> optuna.storages.RDBStorage:
         address = address.set(drivername="postgresql+psycopg")
     else:
         raise InputError(f"a study is kept in sqlite:///FILE or postgresql://HOST/NAME, not in {address.drivername}")
-    with _quietly():
-        try:
+    try:
+        # Two that find an empty database would both make its tables.
+        engine = sqlalchemy.create_engine(address, poolclass=sqlalchemy.pool.NullPool)
+        with _quietly(), _exclusively(engine, "tables"):
             return optuna.storages.RDBStorage(
                 address.render_as_string(hide_password=False),
                 engine_kwargs=options,
@@ -190,16 +193,15 @@ def open_storage(url: str, search: Search) -> optuna.storages.RDBStorage:
                 grace_period=_GRACE * search.heartbeat,
                 heartbeat_stale_trial_callback=functools.partial(_retry, most=search.retries),
             )
-        except ImportError as error:
-            raise InputError(f"{address.drivername} needs a driver: pip install 'sqjax[postgresql]'") from error
-        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-            raise InputError(f"cannot open the study's database {address!r}: {error}") from error
+    except ImportError as error:
+        raise InputError(f"{address.drivername} needs a driver: pip install 'sqjax[postgresql]'") from error
+    except (OSError, sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        raise InputError(f"cannot open the study's database {address!r}: {str(error).splitlines()[0]}") from error
 
 
 @contextlib.contextmanager
-def _exclusively(storage: optuna.storages.RDBStorage, name: str) -> Iterator[None]:
+def _exclusively(engine: sqlalchemy.Engine, name: str) -> Iterator[None]:
     """One worker of a study at a time, on whatever host; a worker that is killed lets go."""
-    engine = storage.engine
     if engine.url.get_backend_name() == "sqlite":
         with open(f"{engine.url.database}.lock", "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -226,7 +228,7 @@ def open_study(
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     points = space.points() if search.sampler == "grid" else []
     is_other = InputError(f"the database has a study {search.name} with other settings; give sweep.name another name")
-    with _exclusively(storage, search.name):
+    with _exclusively(storage.engine, search.name):
         try:
             study = optuna.create_study(
                 study_name=search.name,
@@ -310,7 +312,7 @@ def work(study: optuna.Study, search: Search, space: Space, objective: Objective
 def _take(study: optuna.Study, search: Search, space: Space) -> list[optuna.Trial]:
     """Takes up to a batch of trials: those of dead workers and waiting ones first, then new ones."""
     storage, taken = study._storage, []
-    with _quietly(), _exclusively(_database(storage), study.study_name):
+    with _quietly(), _exclusively(_database(storage).engine, study.study_name):
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if "worker" not in trial.user_attrs:
                 # Its worker was killed between taking it, under this lock, and the first heartbeat.

@@ -38,7 +38,8 @@ class Watch:
     Attributes:
       inside: texts of the calibration's kind.
       outside: texts of another kind; none leave that out.
-      first: the text that is measured first, and repeatedly while a trial refines: pruning goes by it.
+      first: the text that is measured first, and repeatedly while a trial refines: pruning goes by it. Empty takes the
+        first of `inside`.
       length: tokens of a window.
       windows: windows, or conversations, of each text; 0 for all.
     """
@@ -52,7 +53,8 @@ class Watch:
     @property
     def texts(self) -> dict[str, str]:
         """Every text by its name, the first one first."""
-        return {Path(text).name.split(".")[0]: text for text in (self.first, *self.inside, *self.outside)}
+        texts = filter(None, (self.first, *self.inside, *self.outside))
+        return {Path(text).name.split(".")[0]: text for text in texts}
 
     def names(self, side: str) -> list[str]:
         """Names of the texts of a side, `inside` or `outside`."""

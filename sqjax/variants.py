@@ -23,8 +23,8 @@ from sqjax.statistics import Statistics
 
 SHAPING = ("gamma_in", "gamma_out", "damping_in", "damping_out")
 _BUCKETS = 16
-# Numbers of the weights and Grams that are worked on at once.
-_ELEMENTS = 1 << 26
+# Numbers of the weights and Grams that are worked on at once; a step of descent moves all of them through memory.
+_ELEMENTS = {"cpu": 1 << 25, "gpu": 1 << 28, "tpu": 1 << 28}
 
 
 def shape_of(recipe: Recipe) -> Recipe | None:
@@ -128,5 +128,7 @@ def _groups(config: ModelConfig, matrices: Sequence[str], variants: int) -> Iter
         else:
             yield [name]
     for (rows, columns), names in by_shape.items():
-        size = max(1, _ELEMENTS // (variants * (rows * columns + rows**2 + columns**2)))
+        most = max(1, _ELEMENTS[jax.default_backend()] // (variants * (rows * columns + rows**2 + columns**2)))
+        # Groups of one size share one program.
+        size = -(-len(names) // -(-len(names) // most))
         yield from (names[start : start + size] for start in range(0, len(names), size))
