@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -282,7 +282,8 @@ class Outcome:
 
 # Whether a trial, known by its index in the batch, is to end, given a step and what it reports there.
 Report = Callable[[int, int, float], bool]
-Objective = Callable[[Sequence[Point], Report], Sequence[Outcome]]
+# Gives the outcome of each point of a batch, with its index, as soon as it is known.
+Objective = Callable[[Sequence[Point], Report], Iterable[tuple[int, Outcome]]]
 
 
 def work(study: optuna.Study, search: Search, space: Space, objective: Objective) -> int:
@@ -392,21 +393,19 @@ def _run(
 ) -> None:
     """Runs trials together; where that fails, one by one, so that only those at fault fail."""
     trials = [trial for trial in trials if not _repeat(study, trial)]
-
-    def report(subset):
-        return lambda index, step, value: _is_hopeless(search, subset[index], step, value)
-
+    if not trials:
+        return
+    left = dict(enumerate(trials))
     try:
-        outcomes = objective([space.settings(trial.params) for trial in trials], report(trials)) if trials else []
+        points = [space.settings(trial.params) for trial in trials]
+        for index, outcome in objective(points, lambda *said: _is_hopeless(search, trials[said[0]], *said[1:])):
+            _tell(study, left.pop(index), outcome)
     except Exception as error:
         if len(trials) == 1:
             _tell(study, trials[0], error)
             return
-        for trial in trials:
+        for trial in left.values():
             _run(study, search, space, objective, [trial])
-        return
-    for trial, outcome in zip(trials, outcomes, strict=True):
-        _tell(study, trial, outcome)
 
 
 def _is_hopeless(search: Search, trial: optuna.Trial, step: int, value: float) -> bool:

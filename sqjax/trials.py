@@ -159,22 +159,20 @@ class Bench:
         """Statistics on the device; those last asked for are kept there."""
         return calibration.load(folder)[0]
 
-    def __call__(self, points: Sequence[Mapping[str, Any]], report: Report) -> list[Outcome]:
+    def __call__(self, points: Sequence[Mapping[str, Any]], report: Report) -> Iterator[tuple[int, Outcome]]:
         """Carries out trials; those whose recipes can be rounded together are."""
         plans = [self.plan(point) for point in points]
         groups: dict[Any, list[int]] = {}
         for index, plan in enumerate(plans):
             shape = shape_of(plan.recipe)
             groups.setdefault((plan.calibration, plan.seed, shape) if shape else index, []).append(index)
-        outcomes: dict[int, Outcome] = {}
         for members in groups.values():
             start = time.monotonic()
             rounded = self.round([plans[index] for index in members])
             seconds = (time.monotonic() - start) / len(members)
             for index, tensors in zip(members, rounded):
                 facts = {"batch": len(members), "rounding_seconds": seconds}
-                outcomes[index] = self.judge(plans[index], tensors, functools.partial(report, index), facts)
-        return [outcomes[index] for index in range(len(points))]
+                yield index, self.judge(plans[index], tensors, functools.partial(report, index), facts)
 
     def round(self, plans: Sequence[Plan]) -> list[dict[str, Any]]:
         """Rounds the model by recipes that go together, or by one."""

@@ -34,7 +34,7 @@ def main(url: str, log: str, seconds: str) -> None:
             time.sleep(float(seconds))
             value = cost(points[0]["recipe.gamma_in"])
             note("end")
-        return [Outcome((value,))]
+        yield 0, Outcome((value,))
 
     study = open_study(open_storage(url, SEARCH), SEARCH, SPACE, {"test": 1})
     work(study, SEARCH, SPACE, objective)

@@ -133,7 +133,7 @@ def test_a_trial_that_fails_is_recorded_and_the_others_go_on(tmp_path):
     def objective(points, report):
         if any(point["x"] == 2 for point in points):
             raise RuntimeError("no memory")
-        return [Outcome((float(point["x"]),), {"note": point["x"]}) for point in points]
+        yield from enumerate([Outcome((float(point["x"]),), {"note": point["x"]}) for point in points])
 
     _, rows = run_study(tmp_path, objective, {"x": [1, 2, 3]}, batch_trials=3)
     assert [row["state"] for row in rows] == ["complete", "fail", "complete"]
@@ -147,7 +147,7 @@ def test_an_interrupted_trial_waits_again(tmp_path):
         calls.append(points)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return [Outcome((0.0,)) for _ in points]
+        yield from enumerate([Outcome((0.0,)) for _ in points])
 
     with pytest.raises(KeyboardInterrupt):
         run_study(tmp_path, objective, {"x": [1, 2, 3]})
@@ -161,7 +161,7 @@ def test_hopeless_trials_are_pruned(tmp_path, objectives):
     def objective(points, report):
         assert len(points) == 1
         x = points[0]["x"]
-        return [Outcome(None if report(0, 0, x) else (x,) * len(objectives))]
+        yield from enumerate([Outcome(None if report(0, 0, x) else (x,) * len(objectives))])
 
     _, rows = run_study(tmp_path, objective, {"x": [0.5, 2.0]}, prune_above=1.0, objectives=objectives)
     assert [row["state"] for row in rows] == ["complete", "pruned"] and rows[1]["watched"] == {"0": 2.0}
@@ -173,7 +173,9 @@ def test_samplers_search_ranges_and_take_no_more_than_their_trials(tmp_path, sam
 
     def objective(points, report):
         assert all(point["calibration.text"] in (["a"], ["b", "c"]) for point in points)
-        return [Outcome((abs(p["recipe.gamma_in"] - 0.5), abs(p["recipe.gamma_in"] - 0.7))) for p in points]
+        yield from enumerate(
+            [Outcome((abs(p["recipe.gamma_in"] - 0.5), abs(p["recipe.gamma_in"] - 0.7))) for p in points]
+        )
 
     settings = {"sampler": sampler, "trials": 12, "objectives": ("inside", "outside"), "batch_trials": 5}
     study, rows = run_study(tmp_path, objective, space, **settings)
@@ -187,14 +189,14 @@ def test_a_point_drawn_twice_is_computed_once(tmp_path):
 
     def objective(points, report):
         calls.extend(points)
-        return [Outcome((float(point["x"]),)) for point in points]
+        yield from enumerate([Outcome((float(point["x"]),)) for point in points])
 
     _, rows = run_study(tmp_path, objective, {"x": [1, 2]}, sampler="random", trials=6)
     assert len(rows) == 6 and len(calls) == 2 and sum("same_as" in row for row in rows) == 4
 
 
 def test_what_a_study_gets_wrong_is_named(tmp_path):
-    run_study(tmp_path, lambda points, report: [Outcome((0.0,)) for _ in points], {"x": [1]})
+    run_study(tmp_path, lambda points, report: enumerate([Outcome((0.0,)) for _ in points]), {"x": [1]})
     search = Search(name="test")
     storage = open_storage(f"sqlite:///{tmp_path / 'study.db'}", search)
     with pytest.raises(InputError, match="other settings"):
