@@ -18,8 +18,8 @@ Result = dict[str, Any]
 Shown = tuple[Result, bool, Callable[[Result], Any]]
 Text = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")]
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-InFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.gguf")]
-OutFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.gguf")]
+InFile = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.gguf")]
+OutFile = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.gguf")]
 Json = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 MIB = 1 << 20
@@ -95,18 +95,18 @@ def evaluate(
         calibration=calibration,
         seed=seed,
     )
-    return result, json, lambda result: _evaluation_table({file.name: result})
+    return result, json, lambda result: _evaluation_table({Path(file).name: result})
 
 
 def calibrate(
     model: Model,
-    out_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT_DIR")],
+    out_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT_DIR")],
     text: Text = (),
     tokens: int = 1_000_000,
     length: int = 512,
     batch: int = 8,
     seed: int = 0,
-    imatrix: Path | None = None,
+    imatrix: str | None = None,
     json: Json = False,
 ) -> Shown:
     """Measure the input and output Grams of every matrix; an interrupted run goes on where it stopped.
@@ -141,7 +141,7 @@ def quantize(
     model: Model,
     out: OutFile,
     recipe: str = "spectral",
-    statistics: Path | None = None,
+    statistics: str | None = None,
     text: Text = (),
     tokens: int = 1_000_000,
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = (),
@@ -171,11 +171,11 @@ def quantize(
 
 def refine(
     model: Model,
-    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN.gguf")],
+    file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IN.gguf")],
     out: OutFile,
     text: Text = (),
     tokens: int = 1_000_000,
-    run: Path | None = None,
+    run: str | None = None,
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = (),
     seed: int = 0,
@@ -211,7 +211,7 @@ def refine(
     return result, json, _file_table
 
 
-def demo(out: Path = Path("runs/demo"), json: Json = False) -> Shown:
+def demo(out: str = "runs/demo", json: Json = False) -> Shown:
     """Run the pipeline on the embedded model.
 
     Args:
@@ -226,7 +226,7 @@ def demo(out: Path = Path("runs/demo"), json: Json = False) -> Shown:
 def make(
     config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")],
     model: Model,
-    out_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT_DIR")],
+    out_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT_DIR")],
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TABLE.KEY=VALUE")] = (),
     json: Json = False,
 ) -> Shown:
@@ -249,8 +249,8 @@ def sweep(
     model: str | None = None,
     workers: int | None = None,
     storage: str | None = None,
-    out: Path | None = None,
-    best: Path | None = None,
+    out: str | None = None,
+    best: str | None = None,
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TABLE.KEY=VALUE")] = (),
     verify: bool = True,
     json: Json = False,

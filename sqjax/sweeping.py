@@ -17,7 +17,7 @@ from typing import Any
 from sqjax import plans, studies, study_results
 from sqjax.run import InputError, atomic_path
 from sqjax.settings import build, overridden, parse_overrides, read_toml, to_toml
-from sqjax.sources import DEMO_MODEL, find_config
+from sqjax.sources import DEMO_MODEL, find_config, open_model
 from sqjax.studies import Search, Space
 from sqjax.trials import Bench, Watch, lock, statistics_folder
 
@@ -254,7 +254,7 @@ def _conclude(chosen: Sweep, study, out: Path, best: str | Path | None, verify: 
 def _verify(chosen: Sweep, plan: plans.Plan, out: Path, folder: Path) -> dict[str, Any]:
     """Makes the winner's file and measures what was written, on text that no trial has seen."""
     with lock(folder.with_suffix(".lock")):
-        measured, own = statistics_folder(out, chosen.model, plan), folder / "statistics"
+        measured, own = statistics_folder(out, open_model(chosen.model), plan), folder / "statistics"
         if measured.exists() and not own.exists():
             folder.mkdir(parents=True, exist_ok=True)
             own.symlink_to(measured.absolute())

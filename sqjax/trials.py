@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from sqjax import calibration, distillation, evaluation, gguf_file, making
+from sqjax.checkpoint import Checkpoint
 from sqjax.measuring import prepare
 from sqjax.model import Qwen35
 from sqjax.plans import Plan, plan_of
@@ -70,9 +71,15 @@ def lock(path: Path) -> Iterator[None]:
         yield
 
 
-def statistics_folder(out: Path, model: str | Path, plan: Plan) -> Path:
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Tells models apart, wherever they lie, by their shape and the last of their weights."""
+    last = hashlib.sha256(np.asarray(checkpoint.tensors["output_norm.weight"]).tobytes()).hexdigest()
+    return f"{checkpoint.name} {checkpoint.config} {last}"
+
+
+def statistics_folder(out: Path, checkpoint: Checkpoint, plan: Plan) -> Path:
     """Returns where a sweep keeps the statistics of a model, a text, a number of tokens and a seed."""
-    identity = {"model": str(model), "seed": plan.seed} | dataclasses.asdict(plan.calibration)
+    identity = {"model": fingerprint(checkpoint), "seed": plan.seed} | dataclasses.asdict(plan.calibration)
     return out / "statistics" / _key(identity)
 
 
@@ -123,7 +130,7 @@ class Bench:
     @functools.cached_property
     def plain(self) -> dict[str, float]:
         """KL divergence of plain rounding on each text."""
-        identity = {"model": str(self.model), "watch": dataclasses.asdict(self.watch)}
+        identity = {"model": fingerprint(self.checkpoint), "watch": dataclasses.asdict(self.watch)}
         path = self.out / f"plain-{_key(identity)}.json"
         with lock(path.with_suffix(".lock")):
             if not path.exists():
@@ -148,7 +155,7 @@ class Bench:
         Raises:
           InputError: the text cannot be read.
         """
-        folder = statistics_folder(self.out, self.model, plan)
+        folder = statistics_folder(self.out, self.checkpoint, plan)
         with lock(folder.with_suffix(".lock")):
             if not (folder / "statistics.json").exists():
                 making.calibrate(self.model, folder, seed=plan.seed, **dataclasses.asdict(plan.calibration))

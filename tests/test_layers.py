@@ -7,7 +7,7 @@ import sqjax
 
 LAYERS = """
 run
-config q4_k delta_rule texts settings
+config q4_k delta_rule texts settings buckets
 least_squares
 tokens scales objective hub
 rounding equalize
