@@ -3,7 +3,7 @@
 from typing import Any
 
 # The commands, as functions; they and JAX are imported when one is first used.
-_STAGES = ("calibrate", "convert", "demo", "evaluate", "inspect", "plan", "quantize", "refine")
+_STAGES = ("calibrate", "convert", "demo", "evaluate", "inspect", "make", "plan", "quantize", "refine", "sweep")
 
 __all__ = ["InputError", *_STAGES]
 

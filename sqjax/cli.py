@@ -18,8 +18,8 @@ Result = dict[str, Any]
 Shown = tuple[Result, bool, Callable[[Result], Any]]
 Text = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")]
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-InFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.gguf")]
-OutFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.gguf")]
+InFile = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.gguf")]
+OutFile = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.gguf")]
 Json = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 MIB = 1 << 20
@@ -95,12 +95,12 @@ def evaluate(
         calibration=calibration,
         seed=seed,
     )
-    return result, json, lambda result: _evaluation_table({file.name: result})
+    return result, json, lambda result: _evaluation_table({Path(file).name: result})
 
 
 def calibrate(
     model: Model,
-    out_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT_DIR")],
+    out_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT_DIR")],
     text: Text = (),
     tokens: int = 1_000_000,
     length: int = 512,
@@ -108,7 +108,7 @@ def calibrate(
     shard: int = 1,
     passes: int = 1,
     seed: int = 0,
-    imatrix: Path | None = None,
+    imatrix: str | None = None,
     json: Json = False,
 ) -> Shown:
     """Measure the input and output Grams of every matrix; an interrupted run goes on where it stopped.
@@ -147,7 +147,7 @@ def quantize(
     model: Model,
     out: OutFile,
     recipe: str = "spectral",
-    statistics: Path | None = None,
+    statistics: str | None = None,
     text: Text = (),
     tokens: int = 1_000_000,
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = (),
@@ -177,11 +177,11 @@ def quantize(
 
 def refine(
     model: Model,
-    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN.gguf")],
+    file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IN.gguf")],
     out: OutFile,
     text: Text = (),
     tokens: int = 1_000_000,
-    run: Path | None = None,
+    run: str | None = None,
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = (),
     seed: int = 0,
@@ -240,7 +240,7 @@ def plan(
     return result, json, _plan_table
 
 
-def demo(out: Path = Path("runs/demo"), json: Json = False) -> Shown:
+def demo(out: str = "runs/demo", json: Json = False) -> Shown:
     """Run the pipeline on the embedded model.
 
     Args:
@@ -252,6 +252,59 @@ def demo(out: Path = Path("runs/demo"), json: Json = False) -> Shown:
     return pipeline.demo(out), json, lambda result: _evaluation_table(result["files"])
 
 
+def make(
+    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")],
+    model: Model,
+    out_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT_DIR")],
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TABLE.KEY=VALUE")] = (),
+    json: Json = False,
+) -> Shown:
+    """Calibrate, quantize, refine and evaluate as a config says; stages that are done are skipped.
+
+    Args:
+        config: name of a whole plan in configs/ (demo, nano34, qwen3.5-0.8b, ...) or path of a TOML file
+        model: Hugging Face folder, hub id or GGUF file
+        out_dir: folder for every stage's output
+        set: override a setting of the plan, may be given several times
+        json: print one JSON object and nothing else
+    """
+    from sqjax import pipeline
+
+    return pipeline.make(config, model, out_dir, settings=set), json, _made_table
+
+
+def sweep(
+    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG.toml")],
+    model: str | None = None,
+    workers: int | None = None,
+    storage: str | None = None,
+    out: str | None = None,
+    best: str | None = None,
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TABLE.KEY=VALUE")] = (),
+    verify: bool = True,
+    json: Json = False,
+) -> Shown:
+    """Search the settings of a plan; the same command goes on with it, and shares it between hosts.
+
+    Args:
+        config: name of a sweep in configs/sweeps/ or path of a TOML file
+        model: what is quantized; the config's model, else the embedded one, unless given
+        workers: processes on this host; one a device unless given
+        storage: sqlite:///FILE or postgresql://HOST/NAME; OUT/study.db unless given
+        out: folder for statistics, results and figures; runs/NAME unless given
+        best: write the winning recipe to this TOML file
+        set: override a setting of the config, may be given several times
+        verify: write the winner's file and measure it on text that no trial has seen
+        json: print one JSON object and nothing else
+    """
+    from sqjax import pipeline
+
+    result = pipeline.sweep(
+        config, model=model, workers=workers, storage=storage, out=out, best=best, settings=set, verify=verify
+    )
+    return result, json, _sweep_table
+
+
 COMMANDS: dict[str, Callable[..., Shown]] = {
     "demo": demo,
     "convert": convert,
@@ -261,6 +314,8 @@ COMMANDS: dict[str, Callable[..., Shown]] = {
     "evaluate": evaluate,
     "inspect": inspect,
     "plan": plan,
+    "make": make,
+    "sweep": sweep,
 }
 
 
@@ -335,6 +390,27 @@ def _inspection_table(result: Result) -> Any:
     for key, value in result["metadata"].items():
         shown = f"{value['length']:,} entries" if isinstance(value, dict) else str(value)
         table.add_row(key, shown if len(shown) <= 60 else shown[:57] + "...")
+    return table
+
+
+def _made_table(result: Result) -> Any:
+    results = {Path(result["file"]).name: "quantized", "plain rounding": "plain"}
+    return _evaluation_table({name: result["evaluation"][key] for name, key in results.items()})
+
+
+def _sweep_table(result: Result) -> Any:
+    """One row for each setting that was tried, the best first."""
+    rows = result["ranking"]
+    texts, names = list(rows[0]["ratio"]), list(rows[0]["settings"])
+    counts = ", ".join(f"{count} {state}" for state, count in result["trials"].items())
+    title = f"{result['study']}: KL over that of plain rounding; {counts}; * on the Pareto front"
+    table = _new_table(title, "", *(name.split(".")[-1] for name in names), *result["objectives"], "±", *texts, "seeds")
+    for row in rows:
+        values = [f"{value:.4f}" for value in row["values"]]
+        ratios = [f"{row['ratio'][text]:.4f}" for text in texts]
+        settings = [f"{row['settings'].get(name)}" for name in names]
+        spread = f"{max(row['spread']):.4f}"
+        table.add_row("*" if row["on_front"] else "", *settings, *values, spread, *ratios, str(len(row["trials"])))
     return table
 
 

@@ -179,7 +179,7 @@ def refine(
       InputError: one of them cannot be read, they do not belong together, or the folder holds another run.
     """
     start = time.monotonic()
-    chosen = read_settings(Refinement, find_config("refine"), settings)
+    chosen = read_settings(Refinement, find_config("refine", "refinement"), settings)
     checkpoint, begin = open_model(model), gguf_file.read_gguf(file)
     sources = [text] if isinstance(text, str | Path) else list(text)
     windows_WT = calibration.calibration_windows(

@@ -8,13 +8,35 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sqjax import evaluation
-from sqjax.making import calibrate, convert, quantize, refine
-from sqjax.measuring import evaluate, inspect, prepare, score_file
+from sqjax import evaluation, making, measuring, plans, sweeping
+from sqjax.buckets import mirrored
+from sqjax.measuring import prepare, score_file
 from sqjax.planning import TOPOLOGIES, plan
 from sqjax.sources import DEFAULT_SUITE, DEMO_MODEL, SUITES, file_facts, load_model, open_model
 
-__all__ = ["TOPOLOGIES", "calibrate", "convert", "demo", "evaluate", "inspect", "plan", "quantize", "refine"]
+__all__ = [
+    "TOPOLOGIES",
+    "calibrate",
+    "convert",
+    "demo",
+    "evaluate",
+    "inspect",
+    "make",
+    "plan",
+    "quantize",
+    "refine",
+    "sweep",
+]
+
+# Files and folders of every command may lie in an object store.
+calibrate = mirrored(making.calibrate, "model", "out", "imatrix")
+convert = mirrored(making.convert, "model", "out")
+evaluate = mirrored(measuring.evaluate, "file", "reference")
+inspect = mirrored(measuring.inspect, "file")
+make = mirrored(plans.make, "model", "out")
+quantize = mirrored(making.quantize, "model", "out", "statistics")
+refine = mirrored(making.refine, "model", "file", "out", "run")
+sweep = mirrored(sweeping.sweep, "model", "out", "best")
 
 _DEMO_FILES = {"BF16": "bf16", "Q4_K, plain rounding": "q4_k", "Q4_K, spectral": "spectral"}
 _DEMO_SETTINGS = ("sequential=false", 'steps=["feedback", "descend_codes"]', 'embedding_steps=["feedback"]')

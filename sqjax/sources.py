@@ -13,6 +13,7 @@ from sqjax import gguf_file
 from sqjax.checkpoint import Checkpoint, load_checkpoint
 from sqjax.model import Qwen35
 from sqjax.run import InputError
+from sqjax.settings import read_toml
 from sqjax.texts import Texts, read_texts
 
 DType = Literal["f32", "bf16"]
@@ -23,6 +24,8 @@ DEMO_MODEL = PACKAGE / "demo8"
 SUITES = PACKAGE / "suites"
 # In the source tree, and in an installed package.
 CONFIGS = (PACKAGE.parent / "configs", PACKAGE / "configs")
+# A sweep's file has the tables of a plan's too.
+CONFIG_KINDS = {"sweep": "search", "plan": "recipe", "recipe": "steps", "refinement": "codes_rate"}
 DEFAULT_SUITE = "heldout120"
 CALIBRATION_SUITE = "calib360"
 _DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
@@ -60,20 +63,31 @@ def _suite(source: str | Path) -> list[str | Path]:
     return files if files and not Path(source).exists() else [source]
 
 
-def find_config(name: str | Path) -> Path:
+def find_config(name: str | Path, kind: str = "recipe") -> Path:
     """Returns the TOML file of a name in configs/, or the path that was given.
 
+    Args:
+      name: without .toml a name, else a path.
+      kind: one of CONFIG_KINDS; a kind is known by a key that its files have.
+
     Raises:
-      InputError: there is none of that name.
+      InputError: there is none of that name and kind.
     """
     path = Path(name)
     if path.suffix == ".toml":
         return path
-    found = [folder / f"{name}.toml" for folder in CONFIGS if (folder / f"{name}.toml").exists()]
-    if not found:
-        names = sorted({file.stem for folder in CONFIGS for file in folder.glob("*.toml")})
-        raise InputError(f"there is no config {name}; give one of {', '.join(names)}, or the path of a TOML file")
-    return found[0]
+    files = {file.stem: file for folder in CONFIGS for file in sorted(folder.rglob("*.toml"))}
+    kinds = {stem: _kind_of(file) for stem, file in files.items()}
+    if kinds.get(str(name)) == kind:
+        return files[str(name)]
+    names = ", ".join(sorted(stem for stem, found in kinds.items() if found == kind))
+    is_other = f"{name} is no {kind} but a {kinds[str(name)]}" if str(name) in kinds else f"there is no {kind} {name}"
+    raise InputError(f"{is_other}; give one of {names}, or the path of a TOML file")
+
+
+def _kind_of(file: Path) -> str | None:
+    keys = read_toml(file).keys()
+    return next((kind for kind, key in CONFIG_KINDS.items() if key in keys), None)
 
 
 def file_facts(file: str | Path) -> dict[str, Any]:

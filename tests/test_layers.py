@@ -7,7 +7,7 @@ import sqjax
 
 LAYERS = """
 run
-config q4_k delta_rule texts settings mesh
+config q4_k delta_rule texts settings mesh buckets
 least_squares
 tokens scales objective hub
 rounding equalize
@@ -17,13 +17,17 @@ gguf_file
 model
 statistics evaluation
 calibration runtime
-quantizer refinement
+quantizer refinement studies
+variants
 distillation sources
 programs
 aot
 planning
-measuring report
+measuring report study_results
 making
+plans
+trials
+sweeping
 pipeline
 cli
 """

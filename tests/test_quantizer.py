@@ -104,7 +104,7 @@ def test_what_a_recipe_gets_wrong_is_named(tmp_path, measured):
         Recipe(steps=("polish",))
     with pytest.raises(InputError, match="starts with"):
         Recipe(steps=("descend_codes",))
-    with pytest.raises(InputError, match="no config best"):
+    with pytest.raises(InputError, match="no recipe best"):
         making.read_recipe("best")
     with pytest.raises(InputError, match="no setting gama_in"):
         making.read_recipe("gptq", ["gama_in=1"])

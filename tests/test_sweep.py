@@ -1,0 +1,83 @@
+"""Whole sweeps on the embedded model, killed and completed, and strengths rounded side by side."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import random_checkpoint
+
+import sqjax
+from sqjax import sources
+from sqjax.calibration import collect
+from sqjax.checkpoint import load_checkpoint
+from sqjax.making import read_recipe
+from sqjax.model import Qwen35
+from sqjax.objective import Problem, proxy_loss
+from sqjax.q4_k import Q4K, dequantize
+from sqjax.quantizer import Recipe, quantize
+from sqjax.statistics import means
+from sqjax.variants import quantize_variants
+
+SWEEP = [sys.executable, "-m", "sqjax.cli", "sweep", "small"]
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_goes_on_and_its_winner_is_a_recipe(tmp_path):
+    out, best = tmp_path / "out", tmp_path / "best.toml"
+    command = [*SWEEP, "--out", str(out), "--best", str(best), "--json"]
+    worker = subprocess.Popen([*command, "--workers", "1"], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 900
+    # Statistics of the first seed are there: its trials are being rounded.
+    while not list(out.glob("statistics/*/statistics.json")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    worker.send_signal(signal.SIGKILL)
+    assert worker.wait() == -signal.SIGKILL
+    (first,) = out.glob("statistics/*/statistics.json")
+    made = first.stat().st_mtime_ns
+
+    done = subprocess.run([*command, "--workers", "2"], capture_output=True, text=True, timeout=3000)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["trials"] == {"complete": 4} and result["best"] == result["ranking"][0]
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [row["settings"]["seed"] for row in rows] == [0, 0, 1, 1] and any(row["attempts"] == 2 for row in rows)
+    # Statistics are measured once a seed and shared, also by the run that was killed.
+    assert len(list(out.glob("statistics/*/statistics.json"))) == 2 and first.stat().st_mtime_ns == made
+
+    strength = result["best"]["settings"]["recipe.gamma_in"]
+    assert isinstance(read_recipe(best), Recipe) and read_recipe(best).gamma_in == strength
+    verified = result["verified"]
+    assert verified["evaluation"]["ratio"] < 1.0 and verified["types"] == {"Q4_K": 32, "F32": 23}
+    again = sqjax.sweep("small", out=out, workers=1)
+    assert again["ranking"] == result["ranking"] and max(again["verified"]["stages"].values()) == 0.0
+    statistics = str(first.parent)
+    made = sqjax.quantize(sources.DEMO_MODEL, tmp_path / "best.gguf", recipe=best, statistics=statistics)
+    assert made["sha256"] == verified["sha256"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gamma_out", [0.0, 0.5])
+def test_variants_are_what_each_recipe_gives_alone(tmp_path, gamma_out):
+    random_checkpoint.write(tmp_path, **random_checkpoint.RUNNABLE)
+    checkpoint = load_checkpoint(tmp_path)
+    config, tensors = checkpoint.config, checkpoint.tensors
+    rows = np.random.default_rng(0).integers(3, config.vocab_size, (4, 96)).astype(np.int32)
+    statistics = means(config, collect(Qwen35.from_tensors(config, tensors), rows, batch=2), rows)
+    steps = ("feedback", "descend_codes")
+    recipes = [Recipe(steps=steps, sweeps=1, gamma_in=gamma, gamma_out=gamma_out) for gamma in (0.5, 1.0)]
+    for recipe, together in zip(recipes, quantize_variants(config, tensors, statistics, recipes)):
+        alone = quantize(config, tensors, statistics, recipe)
+        for name, tensor in alone.items():
+            if not isinstance(tensor, Q4K):
+                np.testing.assert_array_equal(np.asarray(together[name]), np.asarray(tensor))
+                continue
+            assert np.mean(np.asarray(together[name].codes_OSGN == tensor.codes_OSGN)) > 0.98, name
+            if name.startswith("blk."):
+                grams = statistics.input_gram(name), statistics.outputs[name]
+                problem = Problem(np.asarray(tensors[name], np.float32), *grams)
+                losses = [float(proxy_loss(problem, dequantize(q))) for q in (together[name], tensor)]
+                assert losses[0] == pytest.approx(losses[1], rel=0.02), name
