@@ -98,6 +98,70 @@ def evaluate(
     return result, json, lambda result: _evaluation_table({file.name: result})
 
 
+def compare(
+    files: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE.gguf")],
+    reference: Annotated[str, tyro.conf.arg(metavar="MODEL")],
+    text: Text = (),
+    out_of_domain: Text = (),
+    out: Path | None = None,
+    length: int = 512,
+    windows: int | None = None,
+    runtime: Literal["jax", "llama.cpp", "both"] = "jax",
+    dtype: Literal["f32", "bf16"] = "f32",
+    groups: Literal["none", "kinds", "layers", "tensors"] = "none",
+    disagreements: int = 12,
+    calibration: Text = (),
+    statistics: Path | None = None,
+    run: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DIR")] = (),
+    fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    seed: int = 0,
+    json: Json = False,
+) -> Shown:
+    """Put files side by side: what each lost, on each text, and how much of plain rounding's loss it recovers.
+
+    Args:
+        files: GGUF files of any type, Hugging Face folders or hub ids
+        reference: the model that they were made from
+        text: a suite, or NAME=TEXT, may be given several times; heldout120 and convergence60 unless given.
+            NAME-64x256 is cut into 64 windows of 256 tokens; c4-64x256 alone is read from the hub
+        out_of_domain: a suite unlike the calibration text, may be given several times
+        out: folder for the report
+        length: tokens of a window; conversations are scored whole
+        windows: score the first so many windows (and conversations) of each suite; all unless given
+        runtime: where models are run
+        dtype: of the matrices in JAX
+        groups: quantize only one group at a time, and measure what it contributes
+        disagreements: how many of the largest are shown for each file
+        calibration: text that files were made with; refused where it is evaluated too
+        statistics: folder that calibrate wrote, for spectra in the report
+        run: folder that refine wrote, for curves in the report; may be given several times
+        fresh: score again what is kept from before
+        seed: of the bootstrap
+        json: print one JSON object and nothing else
+    """
+    from sqjax import pipeline
+
+    result = pipeline.compare(
+        files,
+        reference=reference,
+        text=text or None,
+        out_of_domain=out_of_domain,
+        out=out,
+        length=length,
+        windows=windows,
+        runtime=runtime,
+        dtype=dtype,
+        groups=groups,
+        disagreements=disagreements,
+        calibration=calibration,
+        statistics=statistics,
+        run=run,
+        fresh=fresh,
+        seed=seed,
+    )
+    return result, json, _comparison_table
+
+
 def calibrate(
     model: Model,
     out_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT_DIR")],
@@ -230,6 +294,7 @@ COMMANDS: dict[str, Callable[..., Shown]] = {
     "quantize": quantize,
     "refine": refine,
     "evaluate": evaluate,
+    "compare": compare,
     "inspect": inspect,
 }
 
@@ -302,6 +367,36 @@ def _evaluation_table(files: dict[str, Result]) -> Any:
         for part, metrics in (result.get("domains", {}) | result.get("roles", {})).items():
             table.add_row(f"  {part}", *_metrics_row(metrics), "", "")
     return table
+
+
+def _comparison_table(result: Result) -> Any:
+    """One row a file, smallest divergence first; of each suite the loss, and KL where it is out of domain."""
+    from rich.console import Group
+
+    suites = result["suites"]
+    outside = [name for name, suite in suites.items() if suite["out_of_domain"]]
+    columns = ("", "bpw", "MiB", "KL", "±", "over plain", "recovery", "top-1", *(f"loss {name}" for name in suites))
+    table = _new_table(f"against {result['reference']}; nats per token, intervals at 95%", *columns, "KL out of domain")
+    facts = result["reference_facts"]
+    losses = [f"{suite['cross_entropy']:.4f}" for suite in facts["suites"].values()]
+    size = (f"{facts['bits_per_weight']:.2f}", f"{facts['file_bytes'] / MIB:.1f}")
+    table.add_row("reference", *size, "0", "", "", "", "", *losses, "")
+    files = result["files"] | {result["baseline"]["name"]: result["baseline"]}
+    for name, file in sorted(files.items(), key=lambda item: item[1]["kl"]):
+        recovery, ratio = file["recovery"], file["difference_from_plain"]["ratio"]
+        shown = recovery["label"] if recovery["value"] is None else f"{recovery['value']:.1%}"
+        table.add_row(
+            name if name in result["files"] else f"{name} (made here)",
+            *(f"{file['bits_per_weight']:.2f}", f"{file['file_bytes'] / MIB:.1f}", f"{file['kl']:.5f}"),
+            f"{(file['kl_interval'][1] - file['kl_interval'][0]) / 2:.5f}",
+            "" if ratio is None else f"{ratio:.3f}",
+            "fits the data" if recovery["label"] == "fits the data" else shown,
+            f"{file['top1']:.2%}",
+            *(f"{suite['cross_entropy']:.4f}" for suite in file["suites"].values()),
+            ", ".join(f"{file['suites'][suite]['kl']:.5f} {suite}" for suite in outside) or "none given",
+        )
+    pages = [f"{kind}: {path}" for kind, path in result.get("report", {}).items() if kind in ("html", "markdown")]
+    return Group(table, *pages)
 
 
 def _metrics_row(metrics: Result) -> list[str]:

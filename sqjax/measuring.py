@@ -68,7 +68,7 @@ def evaluate(
     scores = score_file(file, checkpoint, sequences, runtime=runtime, dtype=dtype)
     result = evaluation.summarize(scores, sequences, seed=seed) | facts
     result |= {"length": length, "runtime": runtime, "dtype": dtype if runtime == "jax" else None, "seed": seed}
-    result |= {"text_sha256": _tokens_sha256(sequences), "disjoint_from_calibration": bool(calibration) or None}
+    result |= {"text_sha256": tokens_sha256(sequences), "disjoint_from_calibration": bool(calibration) or None}
     return result | usage() | {"seconds": time.monotonic() - start}
 
 
@@ -141,7 +141,8 @@ def _as_f32(checkpoint: Checkpoint) -> Iterator[Path]:
         yield path
 
 
-def _tokens_sha256(sequences: Sequences) -> str:
+def tokens_sha256(sequences: Sequences) -> str:
+    """Returns the SHA-256 of all tokens, one after the other as 32-bit integers."""
     digest = hashlib.sha256()
     for tokens in sequences.tokens:
         digest.update(tokens.astype("<i4").tobytes())

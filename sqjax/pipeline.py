@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from sqjax import evaluation
+from sqjax.comparison import compare
 from sqjax.making import calibrate, convert, quantize, refine
 from sqjax.measuring import evaluate, inspect, prepare, score_file
 from sqjax.sources import DEFAULT_SUITE, DEMO_MODEL, SUITES, file_facts, load_model, open_model
 
-__all__ = ["calibrate", "convert", "demo", "evaluate", "inspect", "quantize", "refine"]
+__all__ = ["calibrate", "compare", "convert", "demo", "evaluate", "inspect", "quantize", "refine"]
 
 _DEMO_FILES = {"BF16": "bf16", "Q4_K, plain rounding": "q4_k", "Q4_K, spectral": "spectral"}
 _DEMO_SETTINGS = ("sequential=false", 'steps=["feedback", "descend_codes"]', 'embedding_steps=["feedback"]')

@@ -17,10 +17,13 @@ gguf_file
 model
 statistics evaluation
 calibration runtime
+cache
 quantizer refinement
 distillation sources
 measuring report
-making
+making scoring
+contributions
+comparison
 pipeline
 cli
 """
