@@ -3,7 +3,9 @@
 from typing import Any
 
 # The commands, as functions; they and JAX are imported when one is first used.
-_STAGES = ("calibrate", "compare", "convert", "demo", "evaluate", "inspect", "quantize", "refine")
+_STAGES = (
+    *("baselines", "calibrate", "compare", "convert", "demo", "evaluate", "inspect", "publish", "quantize", "refine"),
+)
 
 __all__ = ["InputError", *_STAGES]
 

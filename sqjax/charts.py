@@ -81,7 +81,9 @@ def loss_against_size(result: Mapping[str, Any]) -> Figure:
         losses = [file["cross_entropy"] for file in files.values()]
         left.axhline(reference["cross_entropy"], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         left.scatter(sizes, losses, c=colours, s=34, zorder=3)
-        left.set(title="Loss against size", xlabel="file, MiB", ylabel="cross-entropy, nats per token")
+        kinds = "/".join(kind for kind in reference["types"] if kind != "F32") or "F32"
+        dashed = f"dashed: {reference['name']}, {kinds}, {reference['file_bytes'] / MIB:,.1f} MiB"
+        left.set(title=f"Loss against size ({dashed})", xlabel="file, MiB", ylabel="cross-entropy, nats per token")
         shown = [
             (n, s, file["kl"], file["kl_interval"], c) for n, s, file, c in zip(names, sizes, files.values(), colours)
         ]
@@ -101,17 +103,6 @@ def loss_against_size(result: Mapping[str, Any]) -> Figure:
             axes.margins(y=0.12)
             figure.draw_without_rendering()
             _label(axes, points)
-        name = reference["name"]
-        left.annotate(
-            f"{name}, {'/'.join(reference['types'])}, {reference['file_bytes'] / MIB:,.1f} MiB",
-            (1, reference["cross_entropy"]),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, -3),
-            textcoords="offset points",
-            ha="right",
-            va="top",
-            color=MUTED,
-        )
         return figure
 
 

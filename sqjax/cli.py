@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from sqjax import display
 from sqjax.run import InputError
 
 Result = dict[str, Any]
@@ -22,7 +23,6 @@ InFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.gguf"
 OutFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.gguf")]
 Json = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
-MIB = 1 << 20
 _EPILOGUE = "MODEL: Hugging Face folder, hub id or GGUF file. TEXT: .txt, .jsonl, a folder of them, or a data set id."
 
 
@@ -41,7 +41,7 @@ def convert(model: Model, out: OutFile, type: Literal["f32", "bf16", "q4_k"] = "
     """
     from sqjax import pipeline
 
-    return pipeline.convert(model, out, type=type), json, _file_table
+    return pipeline.convert(model, out, type=type), json, display.file_table
 
 
 def inspect(file: InFile, json: Json = False) -> Shown:
@@ -53,7 +53,7 @@ def inspect(file: InFile, json: Json = False) -> Shown:
     """
     from sqjax import pipeline
 
-    return pipeline.inspect(file), json, _inspection_table
+    return pipeline.inspect(file), json, display.inspection_table
 
 
 def evaluate(
@@ -95,7 +95,7 @@ def evaluate(
         calibration=calibration,
         seed=seed,
     )
-    return result, json, lambda result: _evaluation_table({file.name: result})
+    return result, json, lambda result: display.evaluation_table({file.name: result})
 
 
 def compare(
@@ -159,7 +159,7 @@ def compare(
         fresh=fresh,
         seed=seed,
     )
-    return result, json, _comparison_table
+    return result, json, display.comparison_table
 
 
 def calibrate(
@@ -198,7 +198,7 @@ def calibrate(
         seed=seed,
         imatrix=imatrix,
     )
-    return result, json, _record_table
+    return result, json, display.record_table
 
 
 def quantize(
@@ -230,7 +230,7 @@ def quantize(
     result = pipeline.quantize(
         model, out, recipe=recipe, statistics=statistics, text=text or None, tokens=tokens, settings=set, seed=seed
     )
-    return result, json, _file_table
+    return result, json, display.file_table
 
 
 def refine(
@@ -272,7 +272,97 @@ def refine(
         settings=set,
         seed=seed,
     )
-    return result, json, _file_table
+    return result, json, display.file_table
+
+
+def baselines(
+    model: Model,
+    out_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT_DIR")],
+    imatrix: Path | None = None,
+    statistics: Path | None = None,
+    text: Text = (),
+    tokens: int = 1_000_000,
+    seed: int = 0,
+    json: Json = False,
+) -> Shown:
+    """Write pure Q4_K_M files through ggml's own code, without and with an importance matrix, to compare with.
+
+    Args:
+        model: Hugging Face folder, hub id or GGUF file
+        out_dir: folder for the files
+        imatrix: importance matrix in llama.cpp's GGUF format; measured unless given
+        statistics: folder that calibrate wrote, to take it from
+        text: what to measure on, may be given several times; the suite calib360 unless given
+        tokens: about how many tokens of it
+        seed: of the order of documents
+        json: print one JSON object and nothing else
+    """
+    from sqjax import pipeline, sources
+
+    result = pipeline.baselines(
+        model,
+        out_dir,
+        imatrix=imatrix,
+        statistics=statistics,
+        text=text or sources.CALIBRATION_SUITE,
+        tokens=tokens,
+        seed=seed,
+    )
+    return result, json, display.files_table
+
+
+def publish(
+    file: InFile,
+    repository: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OWNER/NAME")],
+    reference: Annotated[str, tyro.conf.arg(metavar="MODEL")],
+    out: Path = Path("runs/release"),
+    other: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE.gguf")] = (),
+    text: Text = (),
+    out_of_domain: Text = (),
+    length: int = 512,
+    windows: int | None = None,
+    calibration: Text = (),
+    licence: str | None = None,
+    upload: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    private: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    json: Json = False,
+) -> Shown:
+    """Write a release, file, model card and report, into a folder; --upload sends it to a hub repository.
+
+    Args:
+        file: the GGUF file to release
+        repository: on the hub
+        reference: the model that the file was made from
+        out: folder for what is, or would be, uploaded
+        other: a file to compare with, may be given several times
+        text: a suite, as of compare
+        out_of_domain: a suite unlike the calibration text, as of compare
+        length: tokens of a window
+        windows: score the first so many of each suite; all unless given
+        calibration: text that the file was made with; refused where it is evaluated too
+        licence: for the card; what the file states unless given
+        upload: create the repository and upload, which without it nothing does
+        private: whether a new repository is private
+        json: print one JSON object and nothing else
+    """
+    from sqjax import pipeline
+
+    result = pipeline.publish(
+        file,
+        repository=repository,
+        reference=reference,
+        out=out,
+        others=other,
+        text=text or None,
+        out_of_domain=out_of_domain,
+        length=length,
+        windows=windows,
+        calibration=calibration,
+        licence=licence,
+        upload=upload,
+        private=private,
+    )
+    return result, json, display.release_table
 
 
 def demo(out: Path = Path("runs/demo"), json: Json = False) -> Shown:
@@ -284,7 +374,7 @@ def demo(out: Path = Path("runs/demo"), json: Json = False) -> Shown:
     """
     from sqjax import pipeline
 
-    return pipeline.demo(out), json, lambda result: _evaluation_table(result["files"])
+    return pipeline.demo(out), json, display.demo_table
 
 
 COMMANDS: dict[str, Callable[..., Shown]] = {
@@ -295,6 +385,8 @@ COMMANDS: dict[str, Callable[..., Shown]] = {
     "refine": refine,
     "evaluate": evaluate,
     "compare": compare,
+    "baselines": baselines,
+    "publish": publish,
     "inspect": inspect,
 }
 
@@ -313,104 +405,6 @@ def _print(result: Result, as_json: bool, table: Callable[[Result], Any]) -> Non
     # A table in a file or a pipe must not be cut to the width of a terminal that is not there.
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table(result))
-
-
-def _new_table(title: str, *columns: str, justify: str = "right") -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column(columns[0], overflow="fold")
-    for column in columns[1:]:
-        table.add_column(column, justify=justify, overflow="fold")
-    return table
-
-
-def _file_table(result: Result) -> Any:
-    table = _new_table(result["file"], "", "", justify="left")
-    for key, shown in (
-        ("types", ", ".join(f"{count} {kind}" for kind, count in result["types"].items())),
-        ("bytes", f"{result['file_bytes']:,} (tensors {result['tensor_bytes']:,})"),
-        ("bits per weight", f"{result['bits_per_weight']:.4f}"),
-        ("parameters", f"{result['parameters']:,}"),
-        ("SHA-256", result["sha256"]),
-    ):
-        table.add_row(key, shown)
-    return table
-
-
-def _record_table(result: Result) -> Any:
-    table = _new_table(result["folder"], "", "", justify="left")
-    for key, value in result.items():
-        if key != "folder" and value is not None:
-            table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
-    return table
-
-
-def _inspection_table(result: Result) -> Any:
-    table = _file_table(result)
-    table.add_section()
-    for key, value in result["metadata"].items():
-        shown = f"{value['length']:,} entries" if isinstance(value, dict) else str(value)
-        table.add_row(key, shown if len(shown) <= 60 else shown[:57] + "...")
-    return table
-
-
-def _evaluation_table(files: dict[str, Result]) -> Any:
-    """One row a file, and one for each of its domains and roles; an interval is shown as half its width."""
-    columns = ("", "tokens", "KL", "±", "p99", "top-1", "loss", "gap", "±", "bpw", "MiB")
-    table = _new_table("KL divergence and loss in nats per token, intervals at 95%", *columns)
-    for name, result in files.items():
-        table.add_row(
-            name, *_metrics_row(result), f"{result['bits_per_weight']:.2f}", f"{result['file_bytes'] / MIB:.1f}"
-        )
-        for part, metrics in (result.get("domains", {}) | result.get("roles", {})).items():
-            table.add_row(f"  {part}", *_metrics_row(metrics), "", "")
-    return table
-
-
-def _comparison_table(result: Result) -> Any:
-    """One row a file, smallest divergence first; of each suite the loss, and KL where it is out of domain."""
-    from rich.console import Group
-
-    suites = result["suites"]
-    outside = [name for name, suite in suites.items() if suite["out_of_domain"]]
-    columns = ("", "bpw", "MiB", "KL", "±", "over plain", "recovery", "top-1", *(f"loss {name}" for name in suites))
-    table = _new_table(f"against {result['reference']}; nats per token, intervals at 95%", *columns, "KL out of domain")
-    facts = result["reference_facts"]
-    losses = [f"{suite['cross_entropy']:.4f}" for suite in facts["suites"].values()]
-    size = (f"{facts['bits_per_weight']:.2f}", f"{facts['file_bytes'] / MIB:.1f}")
-    table.add_row("reference", *size, "0", "", "", "", "", *losses, "")
-    files = result["files"] | {result["baseline"]["name"]: result["baseline"]}
-    for name, file in sorted(files.items(), key=lambda item: item[1]["kl"]):
-        recovery, ratio = file["recovery"], file["difference_from_plain"]["ratio"]
-        shown = recovery["label"] if recovery["value"] is None else f"{recovery['value']:.1%}"
-        table.add_row(
-            name if name in result["files"] else f"{name} (made here)",
-            *(f"{file['bits_per_weight']:.2f}", f"{file['file_bytes'] / MIB:.1f}", f"{file['kl']:.5f}"),
-            f"{(file['kl_interval'][1] - file['kl_interval'][0]) / 2:.5f}",
-            "" if ratio is None else f"{ratio:.3f}",
-            "fits the data" if recovery["label"] == "fits the data" else shown,
-            f"{file['top1']:.2%}",
-            *(f"{suite['cross_entropy']:.4f}" for suite in file["suites"].values()),
-            ", ".join(f"{file['suites'][suite]['kl']:.5f} {suite}" for suite in outside) or "none given",
-        )
-    pages = [f"{kind}: {path}" for kind, path in result.get("report", {}).items() if kind in ("html", "markdown")]
-    return Group(table, *pages)
-
-
-def _metrics_row(metrics: Result) -> list[str]:
-    half = {name: (metrics[name][1] - metrics[name][0]) / 2 for name in ("kl_interval", "gap_interval")}
-    return [
-        f"{metrics['tokens']:,}",
-        f"{metrics['kl']:.5f}",
-        f"{half['kl_interval']:.5f}",
-        f"{metrics['kl_p99']:.3f}",
-        f"{metrics['top1']:.2%}",
-        f"{metrics['cross_entropy']:.4f}",
-        f"{metrics['gap']:+.4f}",
-        f"{half['gap_interval']:.4f}",
-    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

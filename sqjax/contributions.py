@@ -125,6 +125,7 @@ def disagreements(
         ),
         key=lambda item: -item[0],
     )[:count]
+    ranked = [item for item in ranked if item[0] > 0]
     entries: list[dict[str, Any]] = [{} for _ in ranked]
     for suite in suites:
         chosen = [index for index, (_, owner, _) in enumerate(ranked) if owner is suite]

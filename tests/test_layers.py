@@ -6,7 +6,7 @@ import pathlib
 import sqjax
 
 LAYERS = """
-run
+run display
 config q4_k delta_rule texts settings
 least_squares
 tokens scales objective hub
@@ -24,8 +24,9 @@ charts
 tables
 measuring report
 making scoring
-contributions
+contributions ggml
 comparison
+publishing
 pipeline
 cli
 """
