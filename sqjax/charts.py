@@ -155,6 +155,8 @@ def histograms(result: Mapping[str, Any]) -> Figure:
             axes.spines["left"].set_visible(False)
         for axes in grid[len(files) :]:
             axes.set_visible(False)
+        for axes in grid[max(0, len(files) - columns) : len(files)]:
+            axes.tick_params(labelbottom=True)
         figure.supxlabel("KL divergence of a token, nats (dashed: mean; outline: plain rounding)", fontsize=9)
         return figure
 

@@ -16,11 +16,11 @@ from sqjax.evaluation import HISTOGRAM_EDGES, Sequences, TokenScores
 from sqjax.measuring import Runtime, prepare
 from sqjax.run import InputError, atomic_path
 from sqjax.scoring import Scored, Scorer, Student, Suite
-from sqjax.sources import DType, Sources, usage
+from sqjax.sources import SUITES, DType, Sources, usage
 
 DEFAULT_SUITES = ("heldout120", "convergence60")
 # Prose, where the suites are conversations: unlike the calibration as far as the package can tell.
-DEFAULT_OUT_OF_DOMAIN = ("demo",)
+DEFAULT_OUT_OF_DOMAIN = (SUITES / "demo.txt",)
 _HUB_SUITES = {"c4-64x256": "allenai/c4:en:validation"}
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
 # A name that ends in a number of windows and their length says how its text is cut.

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def baselines(
     files = {}
     for name, matrix in (("ggml.Q4_K_M", {}), ("ggml-imatrix.Q4_K_M", importance)):
         path = out / f"{name}.gguf"
-        made = {"model": checkpoint.name, "recipe": f"ggml's own code through libgguf {_quantizer().__version__}"}
+        made = {"model": checkpoint.name, "recipe": f"ggml's own code through libgguf {version('libgguf')}"}
         if matrix:
             made |= {"imatrix": Path(imatrix).name, "imatrix_sha256": sha256(imatrix)}
         rounded = Rounded(checkpoint, matrix)

@@ -13,7 +13,7 @@ from sqjax.ggml import baselines
 from sqjax.making import calibrate, convert, quantize, refine
 from sqjax.measuring import evaluate, inspect
 from sqjax.publishing import publish
-from sqjax.sources import CALIBRATION_SUITE, DEFAULT_SUITE, DEMO_MODEL
+from sqjax.sources import CALIBRATION_SUITE, DEFAULT_SUITE, DEMO_MODEL, SUITES
 
 __all__ = [
     "baselines",
@@ -57,7 +57,7 @@ def demo(out: str | Path = "runs/demo") -> dict[str, Any]:
         list(paths.values()),
         reference=DEMO_MODEL,
         text=DEFAULT_SUITE,
-        out_of_domain="demo",
+        out_of_domain=SUITES / "demo.txt",
         length=256,
         windows=16,
         disagreements=8,

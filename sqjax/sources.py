@@ -56,9 +56,8 @@ def open_texts(sources: str | Path | Sequence[str | Path], *, seed: int | None =
 
 
 def _suite(source: str | Path) -> list[str | Path]:
-    if not str(source).isalnum() or Path(source).exists():
-        return [source]
-    return sorted(SUITES.glob(f"{source}*.jsonl")) or sorted(SUITES.glob(f"{source}.txt")) or [source]
+    files = sorted(SUITES.glob(f"{source}*.jsonl")) if str(source).isalnum() else []
+    return files if files and not Path(source).exists() else [source]
 
 
 def find_config(name: str | Path) -> Path:

@@ -3,15 +3,21 @@
 import json
 import pathlib
 import shutil
+import sys
+import types
 
+import gguf
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 
 import sqjax
 from sqjax import cache, cli, comparison, contributions
 from sqjax.checkpoint import load_checkpoint
+from sqjax.config import is_matrix
 from sqjax.gguf_file import read_gguf, write_gguf
-from sqjax.run import InputError
+from sqjax.q4_k import pack
+from sqjax.run import InputError, sha256
 from sqjax.scoring import Scorer
 
 PACKAGE = pathlib.Path(sqjax.__file__).parent
@@ -153,3 +159,68 @@ def test_what_cannot_be_compared_is_named(files, tmp_path):
         sqjax.compare([files / "half.gguf"], reference=MODEL, text=TEXT, calibration=[TEXT], **SMALL)
     with pytest.raises(InputError, match="does not exist"):
         sqjax.compare([files / "half.gguf"], reference=MODEL, text=tmp_path / "missing.txt", **SMALL)
+
+
+# Releases and baselines ------------------------------------------------------------------------------------------
+
+
+def test_baselines_are_ggmls_own(tmp_path, files):
+    libgguf = pytest.importorskip("libgguf")
+    checkpoint = load_checkpoint(MODEL)
+    shapes = {name: shape for name, shape in checkpoint.config.tensor_shapes().items() if is_matrix(name, shape)}
+    rng = np.random.default_rng(0)
+    mean = {name: rng.gamma(1, 1, shape[1]).astype(np.float32) for name, shape in shapes.items() if "blk" in name}
+    matrix = tmp_path / "imatrix.gguf"
+    write_matrix(matrix, mean)
+    made = sqjax.baselines(MODEL, tmp_path, imatrix=matrix)["files"]
+    sizes = {file["file_bytes"] for file in made.values()} | {(files / "plain.gguf").stat().st_size}
+    assert len(sizes) == 1 and made["ggml-imatrix.Q4_K_M"]["provenance"]["imatrix_sha256"]
+    plain, weighted = (read_gguf(made[name]["file"]).tensors for name in ("ggml.Q4_K_M", "ggml-imatrix.Q4_K_M"))
+    for name in ("blk.1.ffn_up.weight", "token_embd.weight"):
+        weight_OI = np.float32(checkpoint.tensors[name])
+        for tensors, importance_I in ((plain, None), (weighted, mean.get(name))):
+            rows = libgguf.quantize_rows(weight_OI, GGMLQuantizationType.Q4_K, importance_I)
+            assert np.array_equal(pack(tensors.codes(name)).reshape(rows.shape), rows)
+    # What ggml rounds is found to be plain rounding, what it weighs is not.
+    with Scorer(MODEL) as scorer:
+        found = [scorer.is_plain(scorer.student(made[name]["file"], name)[0]) for name in made]
+    assert found == [True, False]
+    write_matrix(matrix, {"blk.9.ffn_up.weight": np.ones(4, np.float32)})
+    with pytest.raises(InputError, match="another model"):
+        sqjax.baselines(MODEL, tmp_path, imatrix=matrix)
+
+
+def write_matrix(path, mean):
+    writer = gguf.GGUFWriter(path, arch="")
+    for name, mean_I in mean.items():
+        writer.add_tensor(f"{name}.in_sum2", (3 * mean_I)[None])
+        writer.add_tensor(f"{name}.counts", np.full((1, 1), 3, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_release_is_a_folder_until_it_is_uploaded(files, tmp_path, monkeypatch, capsys):
+    sent = {}
+
+    class Hub:
+        def create_repo(self, name, **options):
+            sent["name"] = name
+
+        def upload_folder(self, **options):
+            sent.update(options)
+            return "https://hub/commit"
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(HfApi=Hub))
+    options = ["--reference", str(MODEL), "--text", str(TEXT), "--length", "128", "--windows", "3"]
+    command = ["publish", str(files / "plain.gguf"), "me/model-GGUF", *options, "--out", str(tmp_path / "release")]
+    assert cli.main([*command, "--json"]) == 0
+    release = json.loads(capsys.readouterr().out)
+    expected = {"plain.gguf", "README.md", "loss-size.png", "report/report.html", "report/comparison.json"}
+    assert release["files"].keys() >= expected and not release["uploaded"] and not sent
+    assert (tmp_path / "release/plain.gguf").read_bytes() == (files / "plain.gguf").read_bytes()
+    card = (tmp_path / "release/README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\n") and sha256(files / "plain.gguf") in card and "does not state" in card
+    assert cli.main([*command, "--upload"]) == 0
+    assert sent["repo_id"] == "me/model-GGUF" and set(sent["allow_patterns"]) == release["files"].keys()
