@@ -308,20 +308,29 @@ def effective_rank(values: np.ndarray) -> float:
 # Files
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Writes a figure as PNG or SVG, by the path's ending."""
-    kind = path.suffix[1:]
-    with matplotlib.rc_context(_STYLE), atomic_path(path) as temporary:
-        metadata = {"Date": None} if kind == "svg" else {"Software": "sqjax"}
-        figure.savefig(temporary, format=kind, dpi=160, facecolor="white", metadata=metadata)
-
-
-def inline_svg(figure: Figure, name: str) -> str:
-    """Returns a figure as SVG to stand in a page: colours are the page's variables, ids begin with `name`."""
-    buffer = io.StringIO()
+def draw(figure: Figure) -> tuple[bytes, str]:
+    """Returns a figure as PNG, on white, and as SVG without a ground."""
+    png, svg = io.BytesIO(), io.StringIO()
     with matplotlib.rc_context(_STYLE):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = re.sub(r"^.*?(?=<svg)", "", buffer.getvalue(), count=1, flags=re.DOTALL)
+        figure.savefig(png, format="png", dpi=160, facecolor="white", metadata={"Software": "sqjax"})
+        # The layout is found; finding it again takes longer than drawing.
+        figure.set_layout_engine("none")
+        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+    return png.getvalue(), svg.getvalue()
+
+
+def save(drawn: tuple[bytes, str], path: Path) -> None:
+    """Writes a drawn figure as `path` with .png and .svg, both on white."""
+    png, svg = drawn
+    svg = re.sub(r"(<svg\b[^>]*>)", r'\1<rect width="100%" height="100%" fill="white"/>', svg, count=1)
+    for ending, content in ((".png", png), (".svg", svg.encode())):
+        with atomic_path(path.with_name(path.name + ending)) as temporary:
+            temporary.write_bytes(content)
+
+
+def inline(svg: str, name: str) -> str:
+    """Returns SVG to stand in a page: colours are the page's variables, ids begin with `name`."""
+    svg = re.sub(r"^.*?(?=<svg)", "", svg, count=1, flags=re.DOTALL)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     for colour, variable in COLOURS.items():
         svg = svg.replace(colour, f"var(--{variable})")

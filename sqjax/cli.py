@@ -122,8 +122,7 @@ def compare(
     Args:
         files: GGUF files of any type, Hugging Face folders or hub ids
         reference: the model that they were made from
-        text: a suite, or NAME=TEXT, may be given several times; heldout120 and convergence60 unless given.
-            NAME-64x256 is cut into 64 windows of 256 tokens; c4-64x256 alone is read from the hub
+        text: a suite or NAME=TEXT (NAME-64x256 is 64 windows of 256 tokens), may be given several times
         out_of_domain: a suite unlike the calibration text, may be given several times
         out: folder for the report
         length: tokens of a window; conversations are scored whole
@@ -341,8 +340,8 @@ def publish(
         windows: score the first so many of each suite; all unless given
         calibration: text that the file was made with; refused where it is evaluated too
         licence: for the card; what the file states unless given
-        upload: create the repository and upload, which without it nothing does
-        private: whether a new repository is private
+        upload: create the repository and upload
+        private: make a new repository a private one
         json: print one JSON object and nothing else
     """
     from sqjax import pipeline

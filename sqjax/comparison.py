@@ -16,7 +16,8 @@ from sqjax.evaluation import HISTOGRAM_EDGES, Sequences, TokenScores
 from sqjax.measuring import Runtime, prepare
 from sqjax.run import InputError, atomic_path
 from sqjax.scoring import Scored, Scorer, Student, Suite
-from sqjax.sources import SUITES, DType, Sources, usage
+from sqjax.sources import SUITES, DType, Sources, open_texts, usage
+from sqjax.texts import fingerprints
 
 DEFAULT_SUITES = ("heldout120", "convergence60")
 # Prose, where the suites are conversations: unlike the calibration as far as the package can tell.
@@ -130,6 +131,7 @@ def open_suites(
     if text is None:
         text, out_of_domain = DEFAULT_SUITES, out_of_domain or DEFAULT_OUT_OF_DOMAIN
     marked = [(spec, False) for spec in _listed(text)] + [(spec, True) for spec in _listed(out_of_domain)]
+    known = fingerprints(open_texts(calibration)) if calibration else ()
     suites: dict[str, Suite] = {}
     for spec, is_outside in marked:
         name, source = _named(str(spec))
@@ -137,7 +139,7 @@ def open_suites(
             name = next(f"{name}-{n}" for n in itertools.count(2) if f"{name}-{n}" not in suites)
         shape = _SHAPED.fullmatch(name)
         count, size = (int(number) for number in shape.groups()) if shape else (windows, length)
-        sequences = prepare(checkpoint, source, length=size, windows=count, calibration=calibration)
+        sequences = prepare(checkpoint, source, length=size, windows=count, calibration=known)
         suites[name] = Suite(name, source, sequences, size, count, is_outside)
     return list(suites.values())
 

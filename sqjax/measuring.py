@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import UInt64
 
 from sqjax import evaluation, gguf_file
 from sqjax.checkpoint import Checkpoint
@@ -78,9 +79,11 @@ def prepare(
     *,
     length: int = 512,
     windows: int | None = None,
-    calibration: Sequence[str | Path] = (),
+    calibration: Sequence[str | Path] | UInt64[np.ndarray, "N"] = (),
 ) -> Sequences:
     """Reads, encodes and packs text for `score_file`, and refuses what was calibrated on; arguments as of `evaluate`.
+
+    Calibration text is given by its sources, or by its `texts.fingerprints`.
 
     Raises:
       InputError: the text cannot be read, does not fill a window, or is calibration text.
@@ -90,7 +93,8 @@ def prepare(
         windows = _STREAMED_WINDOWS
         print(f"a data set is streamed: scoring its first {windows} windows; --windows says otherwise", file=sys.stderr)
     sequences = evaluation.prepare(texts, checkpoint.tokenizer, length, windows)
-    if calibration and (seen := overlap(open_texts(calibration), sequences.documents)):
+    known = calibration if isinstance(calibration, np.ndarray) else open_texts(calibration)
+    if len(calibration) and (seen := overlap(known, sequences.documents)):
         raise InputError(
             f"{len(seen)} of {len(sequences.documents)} evaluated documents are calibration text, "
             f"the first from {seen[0].source}; evaluate on text that the file was not made with"

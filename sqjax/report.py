@@ -43,12 +43,13 @@ def write(
         "refinement": (charts.curves(runs), "KL divergence in the course of refinement; faint: of each batch."),
         "spectra": (charts.spectra(eigenvalues) if eigenvalues else None, "Spectra of the calibration's Grams."),
     }
-    figures = {name: figure for name, figure in figures.items() if figure[0] is not None}
+    figures = {
+        name: (charts.draw(figure), caption) for name, (figure, caption) in figures.items() if figure is not None
+    }
     paths = {"markdown": str(out / "report.md"), "html": str(out / "report.html")}
-    for name, (figure, _) in figures.items():
-        for kind in ("png", "svg"):
-            charts.save(figure, out / f"{name}.{kind}")
-            paths[f"{name}.{kind}"] = str(out / f"{name}.{kind}")
+    for name, (drawn, _) in figures.items():
+        charts.save(drawn, out / name)
+        paths |= {f"{name}.{kind}": str(out / f"{name}.{kind}") for kind in ("png", "svg")}
     tables = all_tables(result, eigenvalues)
     with atomic_path(out / "report.md") as path:
         path.write_text(_markdown(result, tables, figures), encoding="utf-8")
@@ -137,7 +138,7 @@ def _page(result: Mapping[str, Any], tables: Sequence[Table], figures: Mapping[s
         title=f"{result['reference_facts']['name']}: files compared",
         summary=summary(result),
         tables=tables,
-        figures={name: (charts.inline_svg(figure, name), caption) for name, (figure, caption) in figures.items()},
+        figures={name: (charts.inline(svg, name), caption) for name, ((_, svg), caption) in figures.items()},
         figures_after=_FIGURES_AFTER,
         conditions=_conditions(result),
         files=everyone(result),

@@ -223,7 +223,8 @@ def test_spectra_are_the_eigenvalues(tmp_path):
     found = charts.read_spectra(tmp_path)
     np.testing.assert_allclose(found[name], np.linalg.svd(factor)[1] ** 2, rtol=1e-4)
     assert charts.effective_rank(np.ones(7)) == pytest.approx(7) and charts.effective_rank(np.eye(3)[0]) == 1
-    charts.save(charts.spectra(found), tmp_path / "spectra.png")
+    charts.save(charts.draw(charts.spectra(found)), tmp_path / "spectra")
+    assert (tmp_path / "spectra.svg").stat().st_size > 1000
     with pytest.raises(InputError, match="no statistics"):
         charts.read_spectra(tmp_path / "missing")
 

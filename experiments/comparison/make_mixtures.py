@@ -1,8 +1,8 @@
 """Writes llama.cpp's own files of a model, by llama.cpp's own quantizer: its mixtures, and its pure Q4_K_M.
 
-    pip install llama-cpp-python==0.3.36      # in an environment of its own; builds llama.cpp
-    sqjax convert MODEL model.f32.gguf --type f32
-    python experiments/comparison/make_mixtures.py model.f32.gguf FOLDER/model
+pip install llama-cpp-python==0.3.36      # in an environment of its own; builds llama.cpp
+sqjax convert MODEL model.f32.gguf --type f32
+python experiments/comparison/make_mixtures.py model.f32.gguf FOLDER/model
 """
 
 import argparse
