@@ -193,8 +193,8 @@ def test_baselines_are_ggmls_own(tmp_path, files):
 def write_matrix(path, mean):
     writer = gguf.GGUFWriter(path, arch="")
     for name, mean_I in mean.items():
-        writer.add_tensor(f"{name}.in_sum2", (3 * mean_I)[None])
-        writer.add_tensor(f"{name}.counts", np.full((1, 1), 3, np.float32))
+        writer.add_tensor(f"{name}.in_sum2", (2 * mean_I)[None])
+        writer.add_tensor(f"{name}.counts", np.full((1, 1), 2, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
