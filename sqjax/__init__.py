@@ -3,7 +3,10 @@
 from typing import Any
 
 # The commands, as functions; they and JAX are imported when one is first used.
-_STAGES = ("calibrate", "convert", "demo", "evaluate", "inspect", "make", "plan", "quantize", "refine", "sweep")
+_STAGES = (
+    *("baselines", "calibrate", "compare", "convert", "demo", "evaluate", "inspect", "make", "plan", "publish"),
+    *("quantize", "refine", "sweep"),
+)
 
 __all__ = ["InputError", *_STAGES]
 

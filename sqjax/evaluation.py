@@ -4,6 +4,7 @@ Let B denote batch, T time, D model width, V vocabulary, N scored tokens, C toke
 R bootstrap draws. Losses and divergences are in nats per token.
 """
 
+import dataclasses
 import functools
 import math
 import sys
@@ -31,6 +32,9 @@ _SHORTEST_BUCKET = 64
 _DRAWS = 4000
 _CONFIDENCE = 0.95
 _BLOCKS_OF_ONE = 8
+_DRAWS_KEPT_UNTIL = 2000
+# Nats, four bins a decade.
+HISTOGRAM_EDGES = tuple(float(10 ** (exponent / 4)) for exponent in range(-24, 9))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,6 +260,17 @@ def hidden_states(
     return [meshes.to_host(x_BTD) for x_BTD in _one_ahead(_hidden(model, batch, mesh=mesh) for batch in batches)]
 
 
+def logits_at(model: Qwen35, sequences: Sequences, places: Sequence[tuple[int, int]]) -> Float32[np.ndarray, "K V"]:
+    """Returns the logits after the tokens at `places`, each a sequence's index and a position in it."""
+    found: dict[tuple[int, int], np.ndarray] = {}
+    for rows, tokens_BT in _batches(sequences):
+        wanted = [(sequence, position) for sequence, position in places if sequence in rows]
+        if wanted:
+            hidden_BTD = _hidden(model, tokens_BT)
+            found |= {place: hidden_BTD[rows.index(place[0]), place[1]] for place in wanted}
+    return np.asarray(model.logits(jnp.stack([found[place] for place in places])[None])[0])
+
+
 def collect(sequences: Sequences, results: Sequence[Sequence[np.ndarray]]) -> TokenScores:
     """Joins per-sequence arrays [T - 1] of KL, loss, loss of the reference and agreement."""
     columns = [np.concatenate(column) for column in zip(*results)]
@@ -331,6 +346,24 @@ def _metrics(scores: TokenScores, seed: int) -> dict[str, Any]:
     }
 
 
+def join(parts: Sequence[tuple[TokenScores, Sequences]]) -> tuple[TokenScores, Sequences]:
+    """Joins the scores of several suites into those of one, whose domains are no longer told apart."""
+    first = np.cumsum([0] + [len(sequences.tokens) for _, sequences in parts])
+    shifted = [dataclasses.replace(x, sequence=x.sequence + np.int32(n)) for (x, _), n in zip(parts, first)]
+    scores = TokenScores(*(np.concatenate([getattr(x, field.name) for x in shifted]) for field in fields(TokenScores)))
+    tokens, roles, documents = (
+        tuple(item for _, sequences in parts for item in getattr(sequences, name))
+        for name in ("tokens", "roles", "documents")
+    )
+    return scores, Sequences(tokens, ("all",) * len(tokens), roles, documents)
+
+
+def histogram(kl_N: np.ndarray) -> list[int]:
+    """Counts tokens by the logarithm of their KL divergence, between `HISTOGRAM_EDGES` and below and above them."""
+    places = np.searchsorted(HISTOGRAM_EDGES, kl_N, side="right")
+    return np.bincount(places, minlength=len(HISTOGRAM_EDGES) + 1).tolist()
+
+
 def interval(values_N: np.ndarray, sequence_N: np.ndarray, *, seed: int = 0) -> list[float]:
     """Returns [low, high], a 95% bootstrap interval of the mean over tokens, resampling whole sequences.
 
@@ -355,11 +388,21 @@ def _sums(values_N: np.ndarray, sequence_N: np.ndarray) -> np.ndarray:
 
 def _resampled(sums: np.ndarray, *, seed: int) -> np.ndarray:
     """Means [R, K] over tokens in R draws of S sequences with replacement."""
-    rng = np.random.default_rng(seed)
-    draws = np.concatenate(
-        [rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=100) @ sums for _ in range(_DRAWS // 100)]
-    )
+    draw = _kept_draws if len(sums) <= _DRAWS_KEPT_UNTIL else _draws
+    draws = np.concatenate([counts @ sums for counts in draw(len(sums), seed)])
     return draws[:, :-1] / draws[:, -1:]
+
+
+def _draws(count: int, seed: int) -> Iterator[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    for _ in range(_DRAWS // 100):
+        yield rng.multinomial(count, np.full(count, 1 / count), size=100).astype(np.int16)
+
+
+@functools.lru_cache(maxsize=16)
+def _kept_draws(count: int, seed: int) -> tuple[np.ndarray, ...]:
+    """The draws depend on the number of sequences alone, and a table asks for hundreds of intervals."""
+    return tuple(_draws(count, seed))
 
 
 def recovery(plain: TokenScores, quantized: TokenScores, *, seed: int = 0) -> dict[str, Any] | None:

@@ -329,6 +329,13 @@ class GGUFTensors(Mapping):
             raise InputError(f"{self._path}: {name} is {stored.type.name}; give a pure Q4_K file")
         return q4_k.unpack(stored.data.reshape(stored.shape[0], -1, q4_k.BLOCK_BYTES))
 
+    def is_plain(self, name: str, weight_OI: np.ndarray) -> np.ndarray:
+        """Returns for each super-block [O, S] in the first rows of a Q4_K tensor whether plain rounding gives it."""
+        stored = self._stored[name]
+        blocks_OSB = stored.data.reshape(stored.shape[0], -1, q4_k.BLOCK_BYTES)[: len(weight_OI)]
+        plain = q4_k.pack(scales.round_to_nearest(weight_OI.astype(np.float32)))
+        return (blocks_OSB == plain).all(axis=-1)
+
 
 def read_gguf(path: str | Path) -> Checkpoint:
     """Opens a qwen35 GGUF file of any type that can be dequantized; its layout is the one that sqjax works in.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import UInt64
 
 from sqjax import evaluation, gguf_file
 from sqjax.checkpoint import Checkpoint
@@ -68,7 +69,7 @@ def evaluate(
     scores = score_file(file, checkpoint, sequences, runtime=runtime, dtype=dtype)
     result = evaluation.summarize(scores, sequences, seed=seed) | facts
     result |= {"length": length, "runtime": runtime, "dtype": dtype if runtime == "jax" else None, "seed": seed}
-    result |= {"text_sha256": _tokens_sha256(sequences), "disjoint_from_calibration": bool(calibration) or None}
+    result |= {"text_sha256": tokens_sha256(sequences), "disjoint_from_calibration": bool(calibration) or None}
     return result | usage() | {"seconds": time.monotonic() - start}
 
 
@@ -78,9 +79,11 @@ def prepare(
     *,
     length: int = 512,
     windows: int | None = None,
-    calibration: Sequence[str | Path] = (),
+    calibration: Sequence[str | Path] | UInt64[np.ndarray, "N"] = (),
 ) -> Sequences:
     """Reads, encodes and packs text for `score_file`, and refuses what was calibrated on; arguments as of `evaluate`.
+
+    Calibration text is given by its sources, or by its `texts.fingerprints`.
 
     Raises:
       InputError: the text cannot be read, does not fill a window, or is calibration text.
@@ -90,7 +93,8 @@ def prepare(
         windows = _STREAMED_WINDOWS
         print(f"a data set is streamed: scoring its first {windows} windows; --windows says otherwise", file=sys.stderr)
     sequences = evaluation.prepare(texts, checkpoint.tokenizer, length, windows)
-    if calibration and (seen := overlap(open_texts(calibration), sequences.documents)):
+    known = calibration if isinstance(calibration, np.ndarray) else open_texts(calibration)
+    if len(calibration) and (seen := overlap(known, sequences.documents)):
         raise InputError(
             f"{len(seen)} of {len(sequences.documents)} evaluated documents are calibration text, "
             f"the first from {seen[0].source}; evaluate on text that the file was not made with"
@@ -141,7 +145,8 @@ def _as_f32(checkpoint: Checkpoint) -> Iterator[Path]:
         yield path
 
 
-def _tokens_sha256(sequences: Sequences) -> str:
+def tokens_sha256(sequences: Sequences) -> str:
+    """Returns the SHA-256 of all tokens, one after the other as 32-bit integers."""
     digest = hashlib.sha256()
     for tokens in sequences.tokens:
         digest.update(tokens.astype("<i4").tobytes())

@@ -8,32 +8,37 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sqjax import evaluation, making, measuring, plans, sweeping
+from sqjax import comparison, ggml, making, measuring, plans, publishing, sweeping
 from sqjax.buckets import mirrored
-from sqjax.measuring import prepare, score_file
 from sqjax.planning import TOPOLOGIES, plan
-from sqjax.sources import DEFAULT_SUITE, DEMO_MODEL, SUITES, file_facts, load_model, open_model
+from sqjax.sources import CALIBRATION_SUITE, DEFAULT_SUITE, DEMO_MODEL, SUITES
 
 __all__ = [
     "TOPOLOGIES",
+    "baselines",
     "calibrate",
+    "compare",
     "convert",
     "demo",
     "evaluate",
     "inspect",
     "make",
     "plan",
+    "publish",
     "quantize",
     "refine",
     "sweep",
 ]
 
 # Files and folders of every command may lie in an object store.
+baselines = mirrored(ggml.baselines, "model", "out", "statistics")
 calibrate = mirrored(making.calibrate, "model", "out", "imatrix")
+compare = mirrored(comparison.compare, "reference", "out", "statistics")
 convert = mirrored(making.convert, "model", "out")
 evaluate = mirrored(measuring.evaluate, "file", "reference")
 inspect = mirrored(measuring.inspect, "file")
 make = mirrored(plans.make, "model", "out")
+publish = mirrored(publishing.publish, "file", "reference", "out")
 quantize = mirrored(making.quantize, "model", "out", "statistics")
 refine = mirrored(making.refine, "model", "file", "out", "run")
 sweep = mirrored(sweeping.sweep, "model", "out", "best")
@@ -48,7 +53,8 @@ def demo(out: str | Path = "runs/demo") -> dict[str, Any]:
     Calibrates on a little of calib360 and evaluates on text of neither: the first conversations of heldout120 and
     demo.txt. Rounding leaves out what a first run would mostly wait for the compiler for.
 
-    Returns `files`: for each file that was written what `evaluate` says of it, and `seconds`.
+    Returns `files`: for each file that was written what `compare` says of it, `report`: the paths of its report by
+    kind, and `seconds`.
 
     Raises:
       InputError: the folder cannot be written.
@@ -62,12 +68,17 @@ def demo(out: str | Path = "runs/demo") -> dict[str, Any]:
     shutil.rmtree(out / "statistics", ignore_errors=True)
     calibrate(DEMO_MODEL, out / "statistics", tokens=12_000, length=256)
     quantize(DEMO_MODEL, paths["Q4_K, spectral"], statistics=out / "statistics", settings=_DEMO_SETTINGS)
-    checkpoint = open_model(DEMO_MODEL)
-    sequences = prepare(checkpoint, (DEFAULT_SUITE, SUITES / "demo.txt"), length=256, windows=16)
-    reference = load_model(checkpoint)
-    hidden = evaluation.hidden_states(reference, sequences)
-    files = {}
-    for name, path in paths.items():
-        scores = score_file(path, checkpoint, sequences, reference=reference, hidden=hidden)
-        files[name] = {"file": str(path)} | evaluation.summarize(scores, sequences) | file_facts(path)
-    return {"files": files, "seconds": time.monotonic() - start}
+    result = compare(
+        list(paths.values()),
+        reference=DEMO_MODEL,
+        text=DEFAULT_SUITE,
+        out_of_domain=SUITES / "demo.txt",
+        length=256,
+        windows=16,
+        disagreements=8,
+        calibration=[CALIBRATION_SUITE],
+        out=out / "report",
+        statistics=out / "statistics",
+    )
+    files = {name: result["files"][path.name] for name, path in paths.items()}
+    return {"files": files, "report": result["report"], "seconds": time.monotonic() - start}

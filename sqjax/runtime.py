@@ -5,11 +5,12 @@ of quantized matrices rounded to 8 bits, flash attention, keys and values in flo
 Source: include/llama.h of llama.cpp.
 """
 
+import contextlib
 import ctypes
 import functools
 import glob
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -206,27 +207,61 @@ def score(
     Raises:
       InputError: llama.cpp is missing or does not load one of the files, or their vocabularies differ.
     """
+    return score_all(reference, [file], sequences, progress=progress)[0]
+
+
+def score_all(
+    reference: str | Path,
+    files: Iterable[str | Path],
+    sequences: Sequences,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[TokenScores]:
+    """Scores several GGUF files, which share one run of their reference; else as `score`."""
     longest = max(len(tokens) for tokens in sequences.tokens)
-    results, done = [None] * len(sequences.tokens), 0
-    total = sum(len(tokens) - 1 for tokens in sequences.tokens)
+    done, total = 0, sum(len(tokens) - 1 for tokens in sequences.tokens)
     together = min(_TOGETHER, len(sequences.tokens))
-    with (
-        LlamaCpp(reference, length=longest, sequences=together) as teacher,
-        LlamaCpp(file, length=longest, sequences=together) as student,
-    ):
-        if teacher.vocabulary != student.vocabulary:
-            raise InputError(
-                f"the vocabularies differ: {teacher.vocabulary} and {student.vocabulary} tokens; "
-                "give the model that the file was made from"
-            )
+    with contextlib.ExitStack() as stack:
+        teacher, *students = (
+            stack.enter_context(LlamaCpp(path, length=longest, sequences=together)) for path in (reference, *files)
+        )
+        for student in students:
+            if teacher.vocabulary != student.vocabulary:
+                raise InputError(
+                    f"the vocabularies differ: {teacher.vocabulary} and {student.vocabulary} tokens; "
+                    "give the model that the file was made from"
+                )
+        results = [[None] * len(sequences.tokens) for _ in students]
         for rows in _groups(sequences, teacher.sequences):
-            scores = _score_rows(teacher, student, [sequences.tokens[index] for index in rows])
-            for index, columns in zip(rows, scores):
-                results[index] = columns
-                done += len(columns[0])
+            scores = _score_rows(teacher, students, [sequences.tokens[index] for index in rows])
+            for result, columns in zip(results, scores):
+                for index, columns_of_row in zip(rows, columns):
+                    result[index] = columns_of_row
+            done += sum(len(sequences.tokens[index]) - 1 for index in rows)
             if progress is not None:
                 progress(done, total)
-    return evaluation.collect(sequences, results)
+    return [evaluation.collect(sequences, result) for result in results]
+
+
+def logits_at(
+    file: str | Path, tokens: list[Int32[np.ndarray, "T"]], positions: list[list[int]]
+) -> list[Float32[np.ndarray, "P V"]]:
+    """Returns, for each sequence, the logits after the tokens at its `positions`.
+
+    Raises:
+      InputError: llama.cpp is missing or does not load the file.
+    """
+    with LlamaCpp(file, length=max(len(row) for row in tokens)) as model:
+        return [_rows_at(model, *pair) for pair in zip(tokens, positions)]
+
+
+def _rows_at(model: LlamaCpp, tokens_T: np.ndarray, positions: list[int]) -> np.ndarray:
+    kept, start = {}, 0
+    for logits_BPV in model.logits(tokens_T[None]):
+        end = start + logits_BPV.shape[1]
+        kept |= {place: logits_BPV[0, place - start].copy() for place in positions if start <= place < end}
+        start = end
+    return np.stack([kept[place] for place in positions])
 
 
 def _groups(sequences: Sequences, size: int) -> Iterator[list[int]]:
@@ -238,21 +273,23 @@ def _groups(sequences: Sequences, size: int) -> Iterator[list[int]]:
 _divergence = jax.jit(evaluation.divergence)
 
 
-def _score_rows(teacher: LlamaCpp, student: LlamaCpp, tokens: list[np.ndarray]) -> list[list[np.ndarray]]:
+def _score_rows(teacher: LlamaCpp, students: list[LlamaCpp], tokens: list[np.ndarray]) -> list[list[list[np.ndarray]]]:
+    """Scores of a few sequences: student by student, row by row, column by column."""
     longest = max(len(row) for row in tokens)
     tokens_BT = np.zeros((len(tokens), longest), np.int32)
     for row, ids in enumerate(tokens):
         tokens_BT[row, : len(ids)] = ids
     target_BT = np.roll(tokens_BT, -1, axis=1)
-    pieces, start = [], 0
-    for logits, quantized in zip(teacher.logits(tokens_BT), student.logits(tokens_BT)):
+    pieces, start = [[] for _ in students], 0
+    for logits, *quantized in zip(teacher.logits(tokens_BT), *(student.logits(tokens_BT) for student in students)):
         batch, count, width = logits.shape
         target_N = target_BT[:, start : start + count].reshape(-1)
-        columns = _in_steps(logits.reshape(-1, width), quantized.reshape(-1, width), target_N)
-        pieces.append([column.reshape(batch, count) for column in columns])
+        for parts, student_logits in zip(pieces, quantized):
+            columns = _in_steps(logits.reshape(-1, width), student_logits.reshape(-1, width), target_N)
+            parts.append([column.reshape(batch, count) for column in columns])
         start += count
-    joined = [np.concatenate(parts, axis=1) for parts in zip(*pieces)]
-    return [[x_BT[row, : len(ids) - 1] for x_BT in joined] for row, ids in enumerate(tokens)]
+    joined = [[np.concatenate(column, axis=1) for column in zip(*parts)] for parts in pieces]
+    return [[[x_BT[row, : len(ids) - 1] for x_BT in x] for row, ids in enumerate(tokens)] for x in joined]
 
 
 def _in_steps(logits_NV: np.ndarray, student_NV: np.ndarray, target_N: np.ndarray) -> list[np.ndarray]:

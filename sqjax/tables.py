@@ -1,0 +1,353 @@
+"""Tables of a comparison, as data: what is shown, and what it is sorted by."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqjax import charts
+from sqjax.charts import MIB, everyone, short
+
+OUTSIDE = "out of domain"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a table shows, and what it is sorted by; `share` draws a bar behind it, `is_best` sets it in bold."""
+
+    text: str
+    value: float | str = ""
+    share: float = 0.0
+    is_best: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under columns, the first of which names the row; the others are numbers unless named in `words`."""
+
+    key: str
+    title: str
+    caption: str
+    columns: tuple[str, ...]
+    rows: list[list[Cell]]
+    words: frozenset[str] = field(default_factory=frozenset)
+
+    def markdown(self) -> str:
+        """Returns the table as GitHub shows it."""
+        lines = [["" if n == 0 else column for n, column in enumerate(self.columns)]]
+        lines += [["---:" if n and column not in self.words else "---" for n, column in enumerate(self.columns)]]
+        for row in self.rows:
+            lines.append([f"**{_plain(cell.text)}**" if cell.is_best else _plain(cell.text) for cell in row])
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return f"## {self.title}\n\n{self.caption}\n\n{table}\n"
+
+
+def _plain(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def all_tables(result: Mapping[str, Any], eigenvalues: Mapping[str, Any] | None = None) -> list[Table]:
+    """Returns every table of a comparison, in the order of the report."""
+    tables = [losses(result), divergences(result), recoveries(result), divergences_by_suite(result), roles(result)]
+    tables += [in_llama_cpp(result), pairs(result), groups(result), _spectra(eigenvalues or {})]
+    return [table for table in (*tables, suites(result), provenance(result)) if table and table.rows]
+
+
+def _name(name: str, result: Mapping[str, Any]) -> Cell:
+    made = " (made for this table)" if name == result["baseline"]["name"] and not result["baseline"]["given"] else ""
+    return Cell(short(name) + made, short(name))
+
+
+def _number(value: float | None, form: str, **options: Any) -> Cell:
+    return Cell("—", float("inf")) if value is None else Cell(format(value, form), value, **options)
+
+
+def _half(interval: Sequence[float]) -> float:
+    return (interval[1] - interval[0]) / 2
+
+
+def _suite_names(result: Mapping[str, Any]) -> list[str]:
+    return list(result["suites"])
+
+
+def _headed(result: Mapping[str, Any], name: str) -> str:
+    return f"{name} ({OUTSIDE})" if result["suites"][name]["out_of_domain"] else name
+
+
+def _outside(result: Mapping[str, Any]) -> list[str]:
+    return [name for name, suite in result["suites"].items() if suite["out_of_domain"]]
+
+
+def _with_outside(result: Mapping[str, Any], columns: tuple[str, ...]) -> tuple[str, ...]:
+    """Every table says how files do outside of what they were made for, be it that nobody measured it."""
+    return columns if _outside(result) else (*columns, OUTSIDE)
+
+
+def _no_outside(result: Mapping[str, Any]) -> list[Cell]:
+    return [] if _outside(result) else [Cell("not measured")]
+
+
+def losses(result: Mapping[str, Any]) -> Table:
+    """Cross-entropy on each suite beside bits per weight and size: the table of a release."""
+    facts, names = result["reference_facts"], _suite_names(result)
+    files = everyone(result)
+    columns = _with_outside(result, ("model", "bpw", "MiB", *(_headed(result, name) for name in names)))
+    kinds = "/".join(kind for kind in facts["types"] if kind != "F32") or "F32"
+    rows = [
+        [
+            Cell(f"{facts['name']} ({kinds}, reference)", ""),
+            *(_number(facts["bits_per_weight"], ".2f"), _number(facts["file_bytes"] / MIB, ".1f")),
+            *(_number(facts["suites"][name]["cross_entropy"], ".4f") for name in names),
+            *_no_outside(result),
+        ]
+    ]
+    same = [file for file in files.values() if file["tensor_bytes"] == result["baseline"]["tensor_bytes"]]
+    # A loss below the original's is no quality: such a file does not compete.
+    fair = {name: [file["suites"][name] for file in same] for name in names}
+    fair = {name: [s["cross_entropy"] for s in found if not _fits_the_data(s)] for name, found in fair.items()}
+    best = {name: min(found, default=None) for name, found in fair.items()}
+    for name, file in files.items():
+        found = [file["suites"][suite]["cross_entropy"] for suite in names]
+        row = [_name(name, result), _number(file["bits_per_weight"], ".2f"), _number(file["file_bytes"] / MIB, ".1f")]
+        row += [
+            _number(loss, ".4f", is_best=file in same and len(same) > 1 and loss == best[suite])
+            for loss, suite in zip(found, names)
+        ]
+        rows.append([*row, *_no_outside(result)])
+    caption = (
+        "Cross-entropy in nats per token, lower is better down to the reference's; bold: the best file of plain "
+        "rounding's size, files that fit the data aside."
+    )
+    return Table("loss", "Loss and size", caption, columns, rows)
+
+
+def _fits_the_data(suite: Mapping[str, Any]) -> bool:
+    return suite["recovery"]["label"] == "fits the data"
+
+
+def divergences(result: Mapping[str, Any]) -> Table:
+    """KL divergence over all suites: mean with interval, tail, agreement."""
+    files, outside = everyone(result), _outside(result)
+    columns = ("model", "KL", "±", "over plain", "median", "99%", "99.9%", "max", "top-1", "RMS Δp", f"KL {OUTSIDE}")
+    highest = max((file["kl"] for file in files.values()), default=0) or 1
+    rows = []
+    for name, file in files.items():
+        scored = [(file["suites"][suite]["kl"], file["suites"][suite]["tokens"]) for suite in outside]
+        total = sum(tokens for _, tokens in scored)
+        apart = _number(sum(kl * tokens for kl, tokens in scored) / total, ".5f") if total else Cell("not measured")
+        rows.append(
+            [
+                _name(name, result),
+                _number(file["kl"], ".5f", share=file["kl"] / highest),
+                _number(_half(file["kl_interval"]), ".5f"),
+                _number(file["difference_from_plain"]["ratio"], ".3f"),
+                *(_number(file[f"kl_{part}"], ".4f") for part in ("median", "p99", "p999", "max")),
+                _number(file["top1"], ".2%"),
+                _number(file["rms_probability_change"], ".2%"),
+                apart,
+            ]
+        )
+    caption = (
+        "KL(reference ‖ file) per token in nats over all suites, with half the width of its 95% interval (bootstrap "
+        "over sequences), its quantiles over tokens, agreement on the most probable token, and the root mean square "
+        "change of the true token's probability."
+    )
+    return Table("divergence", "Divergence from the reference", caption, columns, rows)
+
+
+def recoveries(result: Mapping[str, Any]) -> Table:
+    """The part of plain rounding's loss gap that each file closes, on each suite."""
+    names = _suite_names(result)
+    columns = _with_outside(result, ("model", "all suites", *(_headed(result, name) for name in names)))
+    rows = []
+    for name, file in everyone(result).items():
+        if name == result["baseline"]["name"]:
+            continue
+        cells = [_recovered(file["recovery"]), *(_recovered(file["recovery"]["suites"][suite]) for suite in names)]
+        rows.append([_name(name, result), *cells, *_no_outside(result)])
+    caption = (
+        "(plain - file) / (plain - reference) of the cross-entropy, with its 95% interval. Where plain rounding's gap "
+        "is not larger than its own interval nothing is stated; above 100% the loss fell because the model moved "
+        "towards the text, which is no quality."
+    )
+    return Table("recovery", "Gap recovery", caption, columns, rows)
+
+
+def _recovered(recovery: Mapping[str, Any]) -> Cell:
+    if recovery["value"] is None:
+        return Cell(recovery["label"], float("inf"))
+    if recovery["label"] == "fits the data":
+        return Cell("fits the data", recovery["value"])
+    low, high = recovery["interval"]
+    return Cell(f"{recovery['value']:.1%} [{low:.0%}, {high:.0%}]", recovery["value"])
+
+
+def divergences_by_suite(result: Mapping[str, Any]) -> Table | None:
+    """Mean KL of each file on each suite."""
+    names = _suite_names(result)
+    if len(names) < 2:
+        return None
+    columns = _with_outside(result, ("model", *(_headed(result, name) for name in names)))
+    rows = [
+        [
+            _name(name, result),
+            *(_interval(file["suites"][suite]["kl"], file["suites"][suite]["kl_interval"]) for suite in names),
+            *_no_outside(result),
+        ]
+        for name, file in everyone(result).items()
+    ]
+    return Table("suites-kl", "Divergence by suite", "Mean KL in nats per token ± half the interval.", columns, rows)
+
+
+def _interval(value: float, interval: Sequence[float]) -> Cell:
+    return Cell(f"{value:.5f} ± {_half(interval):.5f}", value)
+
+
+def roles(result: Mapping[str, Any]) -> Table | None:
+    """Mean KL of template, prompt and response tokens of conversations."""
+    files = {name: file for name, file in everyone(result).items() if file.get("roles")}
+    present = list(dict.fromkeys(role for file in files.values() for role in file["roles"]))
+    if not present:
+        return None
+    counts = next(iter(files.values()))["roles"]
+    rows = [
+        [
+            _name(name, result),
+            *(_interval(file["roles"][role]["kl"], file["roles"][role]["kl_interval"]) for role in present),
+            *(_number(file["roles"][role]["top1"], ".2%") for role in present),
+        ]
+        for name, file in files.items()
+    ]
+    tokens = ", ".join(f"{counts[role]['tokens']:,} {role}" for role in present)
+    columns = ("model", *(f"KL, {role}" for role in present), *(f"top-1, {role}" for role in present))
+    return Table("roles", "Template, prompt and response", f"Conversations only: {tokens} tokens.", columns, rows)
+
+
+def in_llama_cpp(result: Mapping[str, Any]) -> Table | None:
+    """What llama.cpp says of the same files and tokens, each against its own reference."""
+    files = {name: file for name, file in everyone(result).items() if file.get("llama.cpp")}
+    if not files:
+        return None
+    columns = ("model", "KL, llama.cpp", "KL, dequantized", "top-1, llama.cpp", "loss, llama.cpp", "loss, dequantized")
+    columns = (*columns, f"KL {OUTSIDE}, llama.cpp")
+    rows = []
+    for name, file in files.items():
+        real, apart = file["llama.cpp"], [file["llama.cpp"]["suites"][suite] for suite in _outside(result)]
+        total = sum(suite["tokens"] for suite in apart)
+        rows.append(
+            [
+                _name(name, result),
+                _interval(real["kl"], real["kl_interval"]),
+                _interval(file["kl"], file["kl_interval"]),
+                _number(real["top1"], ".2%"),
+                *(_number(real["cross_entropy"], ".4f"), _number(file["cross_entropy"], ".4f")),
+                _number(sum(s["kl"] * s["tokens"] for s in apart) / total, ".5f") if total else Cell("not measured"),
+            ]
+        )
+    first = next(iter(files.values()))
+    caption = (
+        "The same tokens in llama.cpp, which rounds the activations of quantized matrices to 8 bits, against the "
+        f"reference as F32 in llama.cpp (loss {first['llama.cpp']['cross_entropy_reference']:.4f}; dequantized "
+        f"{first['cross_entropy_reference']:.4f})."
+    )
+    return Table("llama-cpp", "In llama.cpp", caption, columns, rows)
+
+
+def pairs(result: Mapping[str, Any]) -> Table | None:
+    """Paired differences of the mean KL between files."""
+    rows = []
+    for pair in result["differences"]:
+        low, high = pair["kl_interval"]
+        verdict = "no difference seen" if low <= 0 <= high else "first is closer" if high < 0 else "second is closer"
+        rows.append(
+            [
+                Cell(short(pair["first"]), short(pair["first"])),
+                Cell(short(pair["second"]), short(pair["second"])),
+                _number(pair["kl"], "+.5f"),
+                Cell(f"[{low:+.5f}, {high:+.5f}]", low),
+                Cell(verdict, verdict),
+            ]
+        )
+    caption = "KL of the first minus KL of the second over all suites, with the paired 95% interval over sequences."
+    columns = ("first", "second", "difference", "interval", "verdict")
+    return Table("pairs", "File against file", caption, columns, rows, frozenset({"second", "verdict"}))
+
+
+def groups(result: Mapping[str, Any]) -> Table | None:
+    """What each group of tensors contributes alone."""
+    rows = [
+        [
+            _name(name, result),
+            Cell(group["group"], group["group"]),
+            _number(group["parameters"], ",d"),
+            _interval(group["kl"], group["kl_interval"]),
+            _number(group["kl"] / file["kl"] if file["kl"] else None, ".1%"),
+            _number(group["gap"], "+.4f"),
+            _number(group["top1"], ".2%"),
+        ]
+        for name, file in everyone(result).items()
+        for group in file.get("groups", ())
+    ]
+    caption = "The reference with this group alone taken from the file: what that costs, over all suites."
+    columns = ("model", "group", "parameters", "KL", "of the file's", "gap", "top-1")
+    return Table("groups", "Contributions", caption, columns, rows, frozenset({"group"}))
+
+
+def _spectra(eigenvalues: Mapping[str, Any]) -> Table | None:
+    rows = [
+        [
+            Cell(name.split("/")[1], name.split("/")[1]),
+            Cell(name.split("/")[0], name.split("/")[0]),
+            _number(len(values), "d"),
+            _number(charts.effective_rank(values), ".1f"),
+            _number(float(values[0] / values.sum()), ".1%"),
+            _number(float(values.sum()), ".3g"),
+        ]
+        for name, values in eigenvalues.items()
+    ]
+    caption = "Of each Gram: its effective rank (Σλ)² / Σλ², the share of its largest eigenvalue, and its trace."
+    columns = ("tensor", "Gram", "size", "effective rank", "largest", "trace")
+    return Table("spectra-table", "Spectra", caption, columns, rows, frozenset({"Gram"}))
+
+
+def suites(result: Mapping[str, Any]) -> Table:
+    """What was scored."""
+    rows = [
+        [
+            Cell(name, name),
+            Cell(suite["source"], suite["source"]),
+            Cell(suite["kind"] + (f", windows of {suite['length']}" if suite["kind"] != "conversations" else "")),
+            _number(suite["sequences"], ",d"),
+            _number(suite["tokens"], ",d"),
+            Cell("yes" if suite["out_of_domain"] else "no"),
+            Cell(suite["sha256"][:16], suite["sha256"]),
+        ]
+        for name, suite in result["suites"].items()
+    ]
+    columns = ("suite", "source", "kind", "sequences", "scored tokens", OUTSIDE, "SHA-256 of tokens")
+    caption = "Every token after the first of a sequence is scored."
+    return Table("texts", "Suites", caption, columns, rows, frozenset({"source", "kind", OUTSIDE, columns[-1]}))
+
+
+def provenance(result: Mapping[str, Any]) -> Table:
+    """What each file is, to the byte, and how it was made where it says so."""
+    rows = []
+    for name, file in everyone(result).items():
+        types = ", ".join(f"{count} {kind}" for kind, count in file["types"].items())
+        size = _number(file["file_bytes"], ",d")
+        rows.append([_name(name, result), size, Cell(types), Cell(_made(file["provenance"])), Cell(file["sha256"])])
+    columns = ("model", "bytes", "tensors", "made by", "SHA-256")
+    caption = f"Reference: {result['reference_facts']['name']}, SHA-256 {result['reference_facts']['sha256']}."
+    return Table("provenance", "Provenance", caption, columns, rows, frozenset({"tensors", "made by", "SHA-256"}))
+
+
+def _made(provenance: Mapping[str, Any] | None) -> str:
+    if not provenance:
+        return "not stated"
+    calibration = provenance.get("calibration") or provenance
+    parts = [str(provenance.get("recipe", "refine" if "start_sha256" in provenance else "sqjax"))]
+    if calibration.get("tokens"):
+        text = calibration.get("text") or []
+        parts.append(f"{calibration['tokens']:,} tokens of {', '.join([text] if isinstance(text, str) else text)}")
+    if calibration.get("windows_sha256"):
+        parts.append(f"tokens' SHA-256 {calibration['windows_sha256'][:16]}")
+    return ", ".join([*parts, f"seed {provenance['seed']}"] if "seed" in provenance else parts)
