@@ -19,6 +19,13 @@ from sqjax.commands import (
     Result,
     Shown,
     Text,
+    baselines,
+    calibrate,
+    convert,
+    make,
+    quantize,
+    refine,
+    sweep,
 )
 from sqjax.run import InputError
 
@@ -233,6 +240,27 @@ def demo(out: str = "runs/demo", json: Json = False) -> Shown:
     from sqjax import pipeline
 
     return pipeline.demo(out), json, display.demo_table
+
+
+COMMANDS: dict[str, Callable[..., Shown]] = {
+    "demo": demo,
+    "convert": convert,
+    "calibrate": calibrate,
+    "quantize": quantize,
+    "refine": refine,
+    "evaluate": evaluate,
+    "compare": compare,
+    "baselines": baselines,
+    "publish": publish,
+    "inspect": inspect,
+    "plan": plan,
+    "make": make,
+    "sweep": sweep,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Output
 
 
 def _print(result: Result, as_json: bool, table: Callable[[Result], Any]) -> None:

@@ -238,24 +238,3 @@ def sweep(
         config, model=model, workers=workers, storage=storage, out=out, best=best, settings=set, verify=verify
     )
     return result, json, display.sweep_table
-
-
-COMMANDS: dict[str, Callable[..., Shown]] = {
-    "demo": demo,
-    "convert": convert,
-    "calibrate": calibrate,
-    "quantize": quantize,
-    "refine": refine,
-    "evaluate": evaluate,
-    "compare": compare,
-    "baselines": baselines,
-    "publish": publish,
-    "inspect": inspect,
-    "plan": plan,
-    "make": make,
-    "sweep": sweep,
-}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Output
