@@ -13,12 +13,10 @@ References:
 import contextlib
 import dataclasses
 import functools
-import json
 import math
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +36,10 @@ from sqjax.gguf_file import GGUFTensors
 from sqjax.mesh import BATCH, COPIED, to_host
 from sqjax.model import Qwen35, abstract
 from sqjax.q4_k import Q4K
+from sqjax.quantizer import refold
 from sqjax.refinement import Refinement, Student, harden_student, initial, kinds, model_loss, model_of, start_of
-from sqjax.run import InputError, atomic_path, interruption
+from sqjax.run import InputError, interruption
+from sqjax.run_folder import metrics
 
 PADDING = -1
 _MOST_ROLLBACKS = 6
@@ -72,14 +72,14 @@ def optimizer_of(settings: Refinement) -> optax.GradientTransformation:
 
 # What a device gets of an update's arguments: rows of matrices, rows of windows, or all.
 BY_WINDOW = jax.P(None, BATCH)
-_SPREAD = (*(meshes.rows,) * 3, *(BY_WINDOW,) * 2, COPIED)
+_SPREAD = (*(meshes.rows,) * 3, *(BY_WINDOW,) * 2, COPIED, COPIED)
 
 
 @functools.cache
 def make_update(
     config: ModelConfig, settings: Refinement, mesh: jax.sharding.Mesh | None = None
 ) -> Callable[..., tuple[State, jax.Array]]:
-    """Returns the jitted update(state, teacher, start, tokens_ABT, weight_ABT, multiplier) -> (state, mean KL).
+    """Returns the jitted update(state, teacher, start, tokens_ABT, weight_ABT, multiplier, temperature) -> (state, KL).
 
     The weights are formed once and gradients summed over micro-batches in float32, and then over devices, before they
     are pulled back to the latent values; the state's buffers are reused.
@@ -89,8 +89,9 @@ def make_update(
     # Sums in an order of their own would make two runs differ in their last bits.
     options = {"xla_gpu_deterministic_ops": True} if jax.default_backend() == "gpu" else None
 
-    def update(state, teacher, start, tokens_ABT, weight_ABT, multiplier):
-        model, pull_back = jax.vjp(lambda student: model_of(config, student, start, dtype), state.student)
+    def update(state, teacher, start, tokens_ABT, weight_ABT, multiplier, temperature):
+        form = lambda student: model_of(config, student, start, dtype, temperature)  # noqa: E731
+        model, pull_back = jax.vjp(form, state.student)
 
         def add(sums, micro_batch):
             new = jax.value_and_grad(loss_of)(model, teacher, *micro_batch)
@@ -167,10 +168,12 @@ class Run:
     seed: int
     windows_WT: Int32[np.ndarray, "W T"]
     multiplier_U: Float32[np.ndarray, "U"]
+    temperature_U: Float32[np.ndarray, "U"]
     start: Student
+    begin: Callable[[], Student]
     accumulate: int
     mesh: jax.sharding.Mesh
-    update: Callable[[State, jax.Array, jax.Array, jax.Array], tuple[State, jax.Array]]
+    update: Callable[..., tuple[State, jax.Array]]
     watch: Callable[[Student], float]
 
     @property
@@ -266,10 +269,18 @@ def prepare(
         scores = evaluation.score(teacher, materialize(student, start), watched, hidden=hidden, mesh=mesh)
         return float(scores.kl.astype(np.float64).mean())
 
-    def step(state, tokens_ABT, weight_ABT, multiplier):
-        return update(state, teacher, start, tokens_ABT, weight_ABT, multiplier)
+    def step(state, *rest):
+        return update(state, teacher, start, *rest)
 
-    return Run(config, settings, seed, windows_WT, settings.multipliers(updates), start, accumulate, mesh, step, watch)
+    def begin() -> Student:
+        if not settings.softness:
+            return jax.jit(initial)(start)
+        # The weights themselves, under the channel scales that the file has folded into its norms.
+        target = start_of(config, refold(config, checkpoint.tensors, start_tensors(file, config)))
+        return jax.jit(functools.partial(initial, displacement=settings.displacement))(start, target)
+
+    schedules = settings.multipliers(updates), settings.temperatures(updates)
+    return Run(config, settings, seed, windows_WT, *schedules, start, begin, accumulate, mesh, step, watch)
 
 
 def advance(
@@ -284,20 +295,24 @@ def advance(
     settings = run.settings
     warm = min(1.0, (position.step - position.restarted + 1) / max(settings.warmup, 1)) if position.restarted else 1.0
     multiplier = float(run.multiplier_U[position.step]) * position.factor * warm
-    state, loss = run.update(state, *run.batch(position.step), jnp.float32(multiplier))
+    temperature = float(run.temperature_U[position.step])
+    pace = jnp.float32(multiplier), jnp.float32(temperature)
+    state, loss = run.update(state, *run.batch(position.step), *pace)
     loss = float(loss)
     position = dataclasses.replace(position, step=position.step + 1)
-    record = {"step": position.step, "kl": loss if math.isfinite(loss) else None, "multiplier": multiplier}
+    record = {"step": position.step, "kl": loss if math.isfinite(loss) else None}
+    record |= {"multiplier": multiplier, "temperature": temperature}
     fault = None if math.isfinite(loss) else f"the KL of update {position.step} is {loss}"
     if fault is None and (position.step % settings.watch_every == 0 or position.step >= run.updates):
         kl = run.watch(state.student)
         record["watched_kl"] = kl if math.isfinite(kl) else None
-        if not kl <= settings.divergence * position.best_kl + 1e-6:
+        # While codes are soft, what they round to is only on its way.
+        if not temperature and not kl <= settings.divergence * position.best_kl + 1e-6:
             fault = f"the watched KL is {kl:.5g} after {position.step} updates, its best {position.best_kl:.5g}"
         elif kl < position.best_kl:
             best = to_host(state.student)
             position = dataclasses.replace(position, best_kl=kl, best_step=position.step, stale=0)
-        else:
+        elif not temperature:
             position = dataclasses.replace(position, stale=position.stale + 1)
     if fault is not None:
         print(f"{fault}: going back to update {position.best_step} with half the rates", file=sys.stderr, flush=True)
@@ -327,7 +342,7 @@ def distill(
     settings = run.settings
     with _checkpoints(folder, settings.checkpoints) as manager, interruption() as is_asked:
         state, best, position = _begin(run, manager, resume)
-        with _metrics(folder, position.step) if meshes.is_first() else contextlib.nullcontext(lambda _: None) as write:
+        with metrics(folder, position.step) if meshes.is_first() else contextlib.nullcontext(lambda _: None) as write:
             began, first = time.monotonic(), position.step
             while not run.finished(position):
                 state, best, position, record = advance(run, state, best, position)
@@ -373,12 +388,13 @@ def _checkpoints(folder: Path, count: int) -> ocp.CheckpointManager:
 
 def _begin(run: Run, manager: ocp.CheckpointManager, resume: bool) -> tuple[State, Student, Position]:
     """The start, or the last checkpoint."""
-    state = run.state_of(jax.jit(initial)(run.start))
     if not resume or manager.latest_step() is None:
-        kl = run.watch(state.student)
+        best = jax.jit(initial)(run.start)
+        kl = run.watch(best)
         if not math.isfinite(kl):
             raise InputError(f"the KL of the file that is to be refined is {kl}; give one that works")
-        return state, to_host(state.student), Position(start_kl=kl, best_kl=kl)
+        return run.state_of(run.begin()), to_host(best), Position(start_kl=kl, best_kl=kl)
+    state = run.state_of(jax.jit(initial)(run.start))
     shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)  # noqa: E731
     trees = {"state": state, "best": state.student}
     targets = {name: ocp.args.StandardRestore([*map(shape, jax.tree.leaves(tree))]) for name, tree in trees.items()}
@@ -398,51 +414,3 @@ def _save(manager: ocp.CheckpointManager, state: State, best: Student, position:
         position=ocp.args.JsonSave(dataclasses.asdict(position)),
     )
     manager.save(position.step, args=arguments)
-
-
-def claim(folder: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
-    """Writes what a run is made of, or checks that the run to be resumed is made of the same.
-
-    A finished run, known by its `result.json`, gives way to a new one.
-
-    Raises:
-      InputError: the folder holds an unfinished run and `resume` is not set, or a run of something else and it is.
-    """
-    record = folder / "run.json"
-    text = json.dumps(identity, indent=1, sort_keys=True)
-    if not resume and (folder / "result.json").exists():
-        for name in ("result.json", "run.json", "metrics.jsonl"):
-            (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    if record.exists():
-        if not resume:
-            raise InputError(f"{folder} holds an unfinished run; --resume goes on with it, another --run begins anew")
-        if record.read_text(encoding="utf-8") != text:
-            raise InputError(f"{folder} holds a run with another model, text or setting; choose another --run")
-        return
-    with atomic_path(record) as path:
-        path.write_text(text, encoding="utf-8")
-
-
-def finish(folder: Path, result: Mapping[str, Any]) -> None:
-    """Writes what came of a run, which may from now on be replaced by a new one."""
-    with atomic_path(folder / "result.json") as path:
-        path.write_text(json.dumps(dict(result), indent=1), encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _metrics(folder: Path, step: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Yields a function that appends a line; lines of updates that are about to be done again are dropped."""
-    path = folder / "metrics.jsonl"
-    if path.exists():
-        # The last line is cut off where the process was killed while it wrote.
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if json.loads(line)["step"] <= step]
-        with atomic_path(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    with path.open("a", encoding="utf-8") as file:
-
-        def write(record: Mapping[str, Any]) -> None:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
-            file.flush()
-
-        yield write

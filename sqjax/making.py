@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from sqjax import calibration, distillation, gguf_file
+from sqjax import calibration, distillation, gguf_file, run_folder
 from sqjax import mesh as meshes
 from sqjax.measuring import prepare
 from sqjax.quantizer import Recipe
@@ -190,7 +190,7 @@ def refine(
     made |= {"start_sha256": sha256(file), "windows_sha256": calibration.digest(windows_WT), "seed": seed}
     made |= {"settings": dataclasses.asdict(chosen)}
     if meshes.is_first():
-        distillation.claim(folder, made, resume=resume)
+        run_folder.claim(folder, made, resume=resume)
     meshes.wait_for_all("claimed")
     watched = None
     if chosen.watch != "heldout":
@@ -204,5 +204,5 @@ def refine(
     result = {"file": str(out)} | file_facts(out) | made | dataclasses.asdict(position)
     result |= usage() | {"seconds": time.monotonic() - start}
     if meshes.is_first():
-        distillation.finish(folder, result)
+        run_folder.finish(folder, result)
     return result

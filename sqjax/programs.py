@@ -126,7 +126,7 @@ def update(config: ModelConfig, mesh: Mesh, settings: Refinement) -> Program:
     shape = (settings.accumulate, settings.batch // settings.accumulate, settings.length)
     batches = (_array(mesh, shape, kind, BY_WINDOW) for kind in (jnp.int32, jnp.float32))
     teacher = _model(config, mesh, settings.compute_dtype)
-    arguments = (trees[0], teacher, trees[1], *batches, _array(mesh, ()))
+    arguments = (trees[0], teacher, trees[1], *batches, _array(mesh, ()), _array(mesh, ()))
     return Program("refinement", "update", distillation.make_update(config, settings, mesh), arguments)
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -179,6 +180,31 @@ def equalize(
             else:
                 tensors[writer] = tensors[writer] * inverse
     return tensors, dataclasses.replace(statistics, inputs=inputs, outputs=outputs)
+
+
+def refold(config: ModelConfig, tensors: Mapping[str, Array], file: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Returns a checkpoint's tensors under the channel scales that `equalize` folded into a file of it.
+
+    Norm gains tell them exactly; rows of ffn_up and attn_v by least squares between the file's weights and the
+    checkpoint's. Vectors are the file's.
+    """
+    tensors = {name: np.asarray(tensors[name], np.float32) for name in config.tensor_shapes()}
+    for layer, kind in enumerate(config.layer_types):
+        name = functools.partial(tensor_name, layer)
+        for attributes in STAGES[kind]:
+            source, tie_I = _scale_source(config, attributes[0])
+            writer = name(source)
+            old, new = tensors[writer], file[writer]
+            if is_matrix(writer, old.shape):
+                new = np.asarray(dequantize(jax.tree.map(jnp.asarray, new)) if isinstance(new, Q4K) else new)
+                inverse = np.sum(new * old, axis=1) / np.maximum(np.sum(old * old, axis=1), 1e-30)
+                tensors[writer] = old * inverse[:, None]
+            else:
+                inverse = np.asarray(new) / np.where(old == 0, 1.0, old)
+            scale_I = 1.0 / np.where(inverse == 0, 1.0, inverse)[tie_I]
+            for attribute in attributes:
+                tensors[name(attribute)] = tensors[name(attribute)] * scale_I[None, :]
+    return tensors | {name: np.asarray(file[name]) for name in tensors if not is_matrix(name, tensors[name].shape)}
 
 
 def _scale_source(config: ModelConfig, reader: str) -> tuple[str, np.ndarray]:

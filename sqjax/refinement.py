@@ -10,7 +10,12 @@ Latent values lie near the integers that rounding chose, u near a code:
 The forward pass uses the rounded values, those of the file; gradients pass through the rounding as if it were not
 there. A move of a scale thus moves values and flips no code.
 
+Codes begin soft: round(u) is a stair whose steps have a slope, at first nearly u itself, and u starts on its way from
+the code to the weight that was rounded. The temperature falls until the stair is that of the file; each code that
+settles is made good by those that have not. Then gradients pass straight through, at the rates that are left.
+
 References:
+  Gong et al., Differentiable Soft Quantization, 2019. https://arxiv.org/abs/1908.05033
   Bengio, Leonard, Courville, Estimating or Propagating Gradients Through Stochastic Neurons, 2013 (straight-through).
 """
 
@@ -27,7 +32,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from sqjax.config import ModelConfig, tensor_name
 from sqjax.model import BLOCKS, Qwen35
-from sqjax.q4_k import MAX_CODE, MAX_SCALE, Q4K, SUB_BLOCK
+from sqjax.q4_k import MAX_CODE, MAX_SCALE, Q4K, SUB_BLOCK, steps
 from sqjax.run import InputError
 
 # What is trained at a rate of its own; mins go with the scales and dmin with d.
@@ -52,6 +57,10 @@ class Refinement:
       beta1, beta2: decay of Adam's moments.
       schedule: linear, cosine or constant, after the warm-up.
       warmup: updates over which rates rise from zero.
+      softness: temperature of the stair at first; 0 for hard codes all along.
+      softness_end: temperature at the end of the soft part.
+      soft_share: share of the updates in which codes are soft.
+      displacement: how far u starts from the code towards the weight that was rounded, 1 being all of the way.
       updates: number of updates; 0 for as many as the tokens that were asked for.
       length: tokens of a window.
       batch: windows of an update.
@@ -79,6 +88,10 @@ class Refinement:
     beta2: float = 0.99
     schedule: str = "linear"
     warmup: int = 20
+    softness: float = 0.3
+    softness_end: float = 0.02
+    soft_share: float = 0.75
+    displacement: float = 0.6
     updates: int = 0
     length: int = 512
     batch: int = 32
@@ -104,6 +117,8 @@ class Refinement:
         for name in ("length", "batch", "chunk", "watch_every", "checkpoint_every", "checkpoints", "shard"):
             if getattr(self, name) < 1:
                 raise InputError(f"the setting {name} is {getattr(self, name)}; it must be at least 1")
+        if self.softness and not 0 < self.softness_end <= self.softness:
+            raise InputError(f"softness falls from {self.softness} to {self.softness_end}; set softness_end below it")
         if not any(self.rates.values()):
             raise InputError("all rates are zero, so that nothing would be refined; set one of them")
 
@@ -124,6 +139,12 @@ class Refinement:
         warm = optax.linear_schedule(1 / (warmup + 1), 1.0, max(warmup, 1))
         schedule = optax.join_schedules([warm, SCHEDULES[self.schedule](updates - warmup)], [warmup])
         return np.asarray(schedule(jnp.arange(updates, dtype=jnp.float32)), np.float32)
+
+    def temperatures(self, updates: int) -> Float32[np.ndarray, "U"]:
+        """Temperature of the codes in each update: falling by a constant factor, then zero."""
+        soft = int(self.soft_share * updates) if self.softness and self.codes_rate else 0
+        falling = np.geomspace(self.softness or 1.0, self.softness_end, max(soft, 1), dtype=np.float32)[:soft]
+        return np.concatenate([falling, np.zeros(updates - soft, np.float32)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,10 +181,18 @@ def _straight_through_jvp(primals, tangents):
     return primals[1], tangents[0]
 
 
-def latent(solution: Q4K) -> Latent:
-    """Returns the centres of the cells that a solution chose."""
+def latent(solution: Q4K, weight_OI: Float[Array, "*O I"] | None = None, displacement: float = 0.0) -> Latent:
+    """Returns the centres of the cells that a solution chose, or points of them displaced towards the weights."""
+    codes_OSGN = jnp.asarray(solution.codes_OSGN).astype(jnp.float32)
+    if weight_OI is not None:
+        step_OSG, offset_OSG = steps(solution)
+        ideal_OSGN = (weight_OI.reshape(codes_OSGN.shape) + offset_OSG[..., None]) / jnp.where(
+            step_OSG == 0, jnp.inf, step_OSG
+        )[..., None]
+        # The cell is not left: hardened, the latent values are the solution still.
+        codes_OSGN += displacement * jnp.clip(ideal_OSGN - codes_OSGN, -0.49, 0.49)
     return Latent(
-        jnp.asarray(solution.codes_OSGN).astype(jnp.float32).reshape(solution.shape),
+        codes_OSGN.reshape(solution.shape),
         jnp.asarray(solution.scales_OSG).astype(jnp.float32),
         jnp.asarray(solution.mins_OSG).astype(jnp.float32),
         jnp.zeros(solution.d_OS.shape, jnp.float32),
@@ -192,10 +221,21 @@ def harden(values: Latent, start: Q4K) -> Q4K:
     )
 
 
-def weights(values: Latent, start: Q4K) -> Float32[Array, "*O I"]:
+def stair(value: Array, temperature: Array) -> Array:
+    """Returns floor(u) + (f(u - floor(u)) - f(0)) / (f(1) - f(0)), f(x) = sigmoid((x - 1/2) / temperature).
+
+    Continuous; u where the temperature is high, round(u) where it is low.
+    """
+    low = jnp.floor(value)
+    edge = jax.nn.sigmoid(-0.5 / temperature)
+    return low + (jax.nn.sigmoid((value - low - 0.5) / temperature) - edge) / (1.0 - 2.0 * edge)
+
+
+def weights(values: Latent, start: Q4K, temperature: Array | None = None) -> Float32[Array, "*O I"]:
     """Returns the weights of the hardened values, differentiable in the latent ones.
 
-    The derivative of a weight is that of d s u - dmin m at the rounded values of the other factors.
+    The derivative of a weight is that of d s u - dmin m at the rounded values of the other factors. Where the
+    `temperature` is above zero codes are soft, and have the derivative of their stair.
     """
 
     def half(start_OS, change_OS):
@@ -207,7 +247,11 @@ def weights(values: Latent, start: Q4K) -> Float32[Array, "*O I"]:
 
     step_OSG = half(start.d_OS, values.d_OS) * integer(values.scales_OSG, MAX_SCALE)
     offset_OSG = half(start.dmin_OS, values.dmin_OS) * integer(values.mins_OSG, MAX_SCALE)
-    codes_OSGN = integer(values.codes_OI, MAX_CODE).reshape(*step_OSG.shape, SUB_BLOCK)
+    codes_OI = integer(values.codes_OI, MAX_CODE)
+    if temperature is not None:
+        soft_OI = jnp.clip(stair(values.codes_OI, jnp.where(temperature > 0, temperature, 1.0)), 0, MAX_CODE)
+        codes_OI = jnp.where(temperature > 0, soft_OI, codes_OI)
+    codes_OSGN = codes_OI.reshape(*step_OSG.shape, SUB_BLOCK)
     return (step_OSG[..., None] * codes_OSGN - offset_OSG[..., None]).reshape(values.codes_OI.shape)
 
 
@@ -326,11 +370,13 @@ def _is(kind: type) -> Callable[[Any], bool]:
     return lambda leaf: isinstance(leaf, kind)
 
 
-def initial(start: Student) -> Student:
-    """Returns the student whose hardened values are `start`."""
-    return jax.tree.map(
-        lambda leaf: latent(leaf) if isinstance(leaf, Q4K) else jnp.zeros_like(leaf), start, is_leaf=_is(Q4K)
-    )
+def initial(start: Student, target: Student | None = None, displacement: float = 0.0) -> Student:
+    """Returns the student whose hardened values are `start`, its codes displaced towards the weights of `target`."""
+
+    def begin(leaf, weight=None):
+        return latent(leaf, weight, displacement) if isinstance(leaf, Q4K) else jnp.zeros_like(leaf)
+
+    return jax.tree.map(begin, *((start,) if target is None else (start, target)), is_leaf=_is(Q4K))
 
 
 def kinds(student: Student) -> Student:
@@ -352,9 +398,11 @@ def _values(matrix: Callable[[Latent, Q4K], Any], student: Student, start: Stude
     return jax.tree_util.tree_map_with_path(value, student, start, is_leaf=_is(Latent))
 
 
-def model_of(config: ModelConfig, student: Student, start: Student, dtype=jnp.float32) -> Qwen35:
+def model_of(
+    config: ModelConfig, student: Student, start: Student, dtype=jnp.float32, temperature: Array | None = None
+) -> Qwen35:
     """Returns the model that the file would hold, its matrices in `dtype`, differentiable in the student."""
-    tree = _values(lambda leaf, start_leaf: weights(leaf, start_leaf).astype(dtype), student, start)
+    tree = _values(lambda leaf, start_leaf: weights(leaf, start_leaf, temperature).astype(dtype), student, start)
     blocks = [BLOCKS[kind](config, stacked) for kind, stacked in zip(config.layer_types[: config.period], tree.blocks)]
     return Qwen35(config, tree.token_embd, blocks, tree.output_norm, tree.output)
 

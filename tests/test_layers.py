@@ -7,6 +7,7 @@ import sqjax
 
 LAYERS = """
 run display
+run_folder
 config q4_k delta_rule texts settings mesh buckets
 least_squares
 tokens scales objective hub
@@ -18,7 +19,8 @@ model
 statistics evaluation
 calibration runtime
 cache
-quantizer refinement studies
+quantizer studies
+refinement
 variants
 distillation sources
 programs

@@ -12,7 +12,7 @@ from sqjax.calibration import collect
 from sqjax.checkpoint import load_checkpoint
 from sqjax.model import Qwen35
 from sqjax.q4_k import Q4K, valid
-from sqjax.quantizer import Recipe, dequantized, equalize, matched_target, quantize
+from sqjax.quantizer import Recipe, dequantized, equalize, matched_target, quantize, refold
 from sqjax.run import InputError
 from sqjax.statistics import means
 
@@ -44,6 +44,15 @@ def test_equalization_leaves_the_logits_as_they_are(measured):
     after_model = Qwen35.from_tensors(checkpoint.config, scaled)
     after = after_model.logits(after_model.hidden(tokens))
     np.testing.assert_allclose(np.asarray(after), np.asarray(before), atol=1e-5 * float(jnp.max(jnp.abs(before))))
+
+
+def test_folded_scales_are_found_again_in_a_file(measured):
+    checkpoint, _, statistics = measured
+    scaled, _ = equalize(checkpoint.config, float_tensors(checkpoint), statistics, 0.01)
+    for name, tensor in refold(checkpoint.config, checkpoint.tensors, scaled).items():
+        np.testing.assert_allclose(
+            tensor, scaled[name], atol=1e-5 * float(jnp.max(jnp.abs(scaled[name]))), err_msg=name
+        )
 
 
 def test_scaled_statistics_are_those_of_the_scaled_model(measured):

@@ -13,7 +13,7 @@ import pytest
 from random_checkpoint import RUNNABLE, write
 
 import sqjax
-from sqjax import distillation, refinement, scales, sources
+from sqjax import distillation, refinement, run_folder, scales, sources
 from sqjax.checkpoint import load_checkpoint
 from sqjax.evaluation import Sequences
 from sqjax.gguf_file import read_gguf, write_gguf
@@ -29,7 +29,7 @@ SMALL = {
 }
 # One update sees every window, in two micro-batches; the watched text is that of training, less what is held out.
 SETTINGS = {"length": 32, "batch": 4, "accumulate": 2, "chunk": 48, "warmup": 2, "watch": "heldout", "watch_windows": 2}
-SETTINGS |= {"watch_every": 3, "checkpoint_every": 2, "updates": 12}
+SETTINGS |= {"watch_every": 3, "checkpoint_every": 2, "updates": 12, "softness": 0.0}
 
 
 def random_q4k(rows=6, columns=512, seed=0):
@@ -69,6 +69,25 @@ def test_weights_are_those_of_the_hardened_values_to_the_bit(spread):
     hard = refinement.harden(values, q)
     assert valid(hard) and equal(hard, q) == (spread == 0.0)
     np.testing.assert_array_equal(jax.jit(refinement.weights)(values, q), dequantize(hard))
+
+
+def test_the_stair_is_the_identity_when_hot_and_rounding_when_cold():
+    value = jnp.linspace(-0.9, 15.9, 1009)
+    np.testing.assert_allclose(refinement.stair(value, 50.0), value, atol=1e-4)
+    away = jnp.abs(value - jnp.floor(value) - 0.5) > 0.05
+    np.testing.assert_allclose(refinement.stair(value, 1e-3)[away], jnp.round(value)[away], atol=1e-6)
+    assert (np.diff(refinement.stair(value, 0.1)) >= -1e-5).all()
+
+
+def test_displaced_codes_harden_to_the_solution_and_are_nearer_to_the_weights_while_soft():
+    weight_OI = np.random.default_rng(0).standard_normal((6, 512)).astype(np.float32)
+    q = random_q4k()
+    values = refinement.latent(q, jnp.asarray(weight_OI), 1.0)
+    assert equal(refinement.harden(values, q), q)
+    soft, hard = (jnp.abs(refinement.weights(values, q, jnp.float32(t)) - weight_OI) for t in (50.0, 0.0))
+    np.testing.assert_array_equal(refinement.weights(values, q, jnp.float32(0.0)), dequantize(q))
+    # What is left are weights beyond the ends of their grid and a hundredth of each cell.
+    assert float(jnp.mean(soft)) < 0.1 * float(jnp.mean(hard))
 
 
 def test_gradients_are_those_of_the_equation_at_the_rounded_values():
@@ -172,7 +191,9 @@ def test_micro_batches_sum_to_the_batch(tmp_path):
     results = []
     for accumulate in (1, 2):
         run = prepared(tmp_path / "single", tmp_path / "single.gguf", accumulate=accumulate)
-        state, loss = run.update(run.state_of(refinement.initial(run.start)), *run.batch(0), jnp.float32(0.0))
+        state, loss = run.update(
+            run.state_of(refinement.initial(run.start)), *run.batch(0), jnp.float32(0.0), jnp.float32(0.0)
+        )
         results.append((loss, jax.tree.leaves(state.moments)))
     for two, one in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(two, one, rtol=2e-3, atol=1e-4 * float(jnp.max(jnp.abs(one))) + 1e-12)
@@ -213,6 +234,25 @@ def test_a_run_lowers_the_divergence_and_writes_what_it_watched(model, q4_k, run
     write_gguf(tmp_path / "out.gguf", read_gguf(q4_k), tensors, file_type="q4_k")
     again = prepared(model, tmp_path / "out.gguf")
     assert again.watch(refinement.initial(again.start)) == pytest.approx(position.best_kl, rel=1e-5)
+
+
+def test_a_run_with_soft_codes_lowers_the_divergence_and_is_resumed_to_the_same_bits(model, q4_k, tmp_path):
+    run = prepared(model, q4_k, softness=0.3, soft_share=0.5)
+    assert (run.temperature_U[:6] > 0).all() and not run.temperature_U[6:].any()
+    # Half way to the weights the model is nearer to its teacher than any file of these scales could be.
+    _, loss = run.update(run.state_of(run.begin()), *run.batch(0), jnp.float32(0.0), jnp.float32(0.3))
+    assert float(loss) < 0.5 * run.watch(refinement.initial(run.start))
+
+    def kill(done, total, note=""):
+        if done == 5:
+            raise Killed
+
+    expected, position = distillation.distill(run, tmp_path / "whole")
+    assert position.best_kl < position.start_kl and position.rollbacks == 0
+    with pytest.raises(Killed):
+        distillation.distill(run, tmp_path / "killed", progress=kill)
+    tensors, again = distillation.distill(run, tmp_path / "killed", resume=True)
+    assert again == position and all(equal(tensors[name], expected[name]) for name in expected)
 
 
 class Killed(Exception):
@@ -272,8 +312,8 @@ def test_a_state_that_is_not_finite_is_rolled_back_with_half_the_rates(run, tmp_
 
 
 def test_a_diverging_run_ends_with_what_was_best(run, tmp_path, capsys):
-    def hasty(state, tokens_ABT, weight_ABT, multiplier):
-        return run.update(state, tokens_ABT, weight_ABT, 300.0 * multiplier)
+    def hasty(state, tokens_ABT, weight_ABT, multiplier, temperature):
+        return run.update(state, tokens_ABT, weight_ABT, 300.0 * multiplier, temperature)
 
     wild = dataclasses.replace(run, update=hasty, settings=dataclasses.replace(run.settings, watch_every=1))
     tensors, position = distillation.distill(wild, tmp_path)
@@ -300,12 +340,12 @@ def test_the_command_writes_a_better_file_of_the_same_size(model, q4_k, text, tm
 
 
 def test_an_unfinished_run_is_not_overwritten(tmp_path):
-    distillation.claim(tmp_path, {"seed": 0}, resume=False)
-    distillation.claim(tmp_path, {"seed": 0}, resume=True)
+    run_folder.claim(tmp_path, {"seed": 0}, resume=False)
+    run_folder.claim(tmp_path, {"seed": 0}, resume=True)
     with pytest.raises(sqjax.InputError, match="unfinished run"):
-        distillation.claim(tmp_path, {"seed": 0}, resume=False)
-    distillation.finish(tmp_path, {})
-    distillation.claim(tmp_path, {"seed": 1}, resume=False)
+        run_folder.claim(tmp_path, {"seed": 0}, resume=False)
+    run_folder.finish(tmp_path, {})
+    run_folder.claim(tmp_path, {"seed": 1}, resume=False)
     assert not (tmp_path / "result.json").exists()
 
 

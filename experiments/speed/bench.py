@@ -348,7 +348,10 @@ def refinement(arguments) -> None:
     teacher = placed(random_model(config, settings.compute_dtype))
     tokens = random_tokens(config, settings.accumulate, batch // settings.accumulate, length)
     weight = jnp.full(tokens.shape, 1.0 / tokens.size)
-    update, rest = make_update(config, settings), (*placed((tokens, weight), None, "data"), placed(jnp.float32(1.0)))
+    update, rest = (
+        make_update(config, settings),
+        (*placed((tokens, weight), None, "data"), *placed((jnp.float32(1.0), jnp.float32(0.3)))),
+    )
 
     def call():
         state["state"], loss = update(state["state"], teacher, start, *rest)
