@@ -9,6 +9,7 @@ Operations are those of the programs as they are, recomputation included.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,8 @@ from sqjax.statistics import gram_sizes, parts
 GB = 10**9
 # Of a device's memory; the rest is the runtime's, and what the allocator cannot use.
 USABLE = 0.9
-_CHUNK = 1024
+# Tokens whose logits exist at a time: as the stages have it, and what is left where memory is short.
+CHUNKS = (1024, 256)
 _DELTA_CHUNK = 64
 _MOST_PASSES = 4
 
@@ -150,13 +152,14 @@ class Need:
     linked: float = 0.0
 
 
-def need(config: ModelConfig, stage: str, length: int, shard: int, grams: int = 0) -> Need:
+def need(config: ModelConfig, stage: str, length: int, shard: int, grams: int = 0, chunk: int = CHUNKS[0]) -> Need:
     """Returns what a stage needs of a device, `shard` of which share one copy of weights, Grams and state.
 
     Args:
       stage: forward, evaluation, statistics or refinement.
       length: tokens of a window.
       grams: elements of the Grams that are summed in one pass.
+      chunk: tokens whose logits exist at a time; evaluation takes the smallest always.
     """
     s, d, layers = sizes_of(config), config.hidden_size, config.num_hidden_layers
     inner = s.weights - s.table * (1 if config.tie_word_embeddings else 2)
@@ -165,7 +168,7 @@ def need(config: ModelConfig, stage: str, length: int, shard: int, grams: int = 
     # Where weights are shared, a block and the output matrix are whole while they are at work.
     gathered = 0 if shard == 1 else 2 * (2 * s.block + s.table)
     passing = 0 if shard == 1 else 2 * s.weights * (1 - 1 / shard)
-    logits = 4 * min(_CHUNK, length) * config.vocab_size
+    logits = 4 * min(CHUNKS[-1] if stage == "evaluation" else chunk, length) * config.vocab_size
     # What the widest block holds in float32: some eight arrays of its width, three times that with their gradients.
     forward, backward = 32 * s.wide + 16 * d, 96 * s.wide + 4 * d * (layers + 8)
     moved = 2 * layers * (2 * s.wide) + 16 * d * layers
@@ -276,7 +279,7 @@ def stages(
     """Returns for every stage what a device holds, whether it fits, how to share it out, and the least seconds.
 
     Keys: stage, fits, shard (devices that share one copy), batch (windows a step, over all devices), passes (over the
-    text, for statistics), bytes, source (model or compiler), tokens, seconds, bound (operations, memory or links) and,
+    text, for statistics), chunk (tokens whose logits exist at a time), bytes, source (model or compiler), tokens, seconds, bound (operations, memory or links) and,
     where it does not fit, needs (the number of such devices from which it does).
 
     Raises:
@@ -298,11 +301,11 @@ def _stage(config: ModelConfig, chip: Chip, devices: int, stage: str, length: in
     if found is None:
         more = (2**power for power in range(1, 13) if 2**power > devices)
         enough = next((count for count in more if any(_fitting(config, chip, count, stage, length))), None)
-        least = need(config, stage, length, devices, _largest(config, stage, _MOST_PASSES))
+        least = need(config, stage, length, devices, _largest(config, stage, _MOST_PASSES), CHUNKS[-1])
         size = least.resident + least.per_token * length
         return {"stage": stage, "fits": False, "bytes": size, "source": "model", "needs": enough, "shard": devices}
-    shard, passes, batch = found
-    one = need(config, stage, length, shard, _largest(config, stage, passes))
+    shard, passes, chunk, batch = found
+    one = need(config, stage, length, shard, _largest(config, stage, passes), chunk)
     steps = passes * math.ceil(tokens / (batch * devices * length))
     own = passes * tokens / devices
     times = {
@@ -310,21 +313,22 @@ def _stage(config: ModelConfig, chip: Chip, devices: int, stage: str, length: in
         "memory": (own * one.moved + steps * one.moved_a_step) / chip.bandwidth,
         "links": steps * one.linked / chip.links,
     }
-    result = {"stage": stage, "fits": True, "shard": shard, "batch": batch * devices, "passes": passes}
+    result = {"stage": stage, "fits": True, "shard": shard, "batch": batch * devices, "passes": passes, "chunk": chunk}
     result |= {"bytes": one.resident + one.per_token * batch * length, "source": "model", "tokens": tokens}
     return result | {"seconds": max(times.values()), "bound": max(times, key=times.get)}
 
 
-def _fitting(config, chip, devices, stage, length) -> Iterator[tuple[int, int, int]]:
-    """Yields (shard, passes, windows a device) that fit: fewest passes, then fewest sharers, then most windows."""
+def _fitting(config, chip, devices, stage, length) -> Iterator[tuple[int, int, int, int]]:
+    """Yields (shard, passes, chunk, windows a device) that fit: fewest passes, then fewest sharers, then most windows."""
     for passes in range(1, _MOST_PASSES + 1) if stage == "statistics" else (1,):
         part = _largest(config, stage, passes)
-        for shard in (divisor for divisor in range(1, devices + 1) if devices % divisor == 0):
-            one = need(config, stage, length, shard, part)
+        shards = [divisor for divisor in range(1, devices + 1) if devices % divisor == 0]
+        for shard, chunk in itertools.product(shards, CHUNKS):
+            one = need(config, stage, length, shard, part, chunk)
             room = USABLE * chip.memory - one.resident
             windows = int(room // (one.per_token * length))
             if windows >= 1:
-                yield shard, passes, min(16, 1 << (windows.bit_length() - 1))
+                yield shard, passes, chunk, min(16, 1 << (windows.bit_length() - 1))
 
 
 def _largest(config: ModelConfig, stage: str, passes: int) -> int:
@@ -354,10 +358,10 @@ def _compiled(config: ModelConfig, topology: str, chip: Chip, row: dict[str, Any
         shapes = {s for name, s in config.tensor_shapes().items() if name.startswith("blk.") and is_matrix(name, s)}
         wanted = {"stage": "rounding", "shape": max(shapes, key=lambda shape: shape[0] ** 2 + shape[1] ** 2)}
     elif row["stage"] == "refinement":
-        settings = {"batch": row.get("batch", 0), "length": length, "accumulate": 1, "dtype": "bf16"}
-        wanted = {"stage": "refinement", "settings": settings | {"shard": row["shard"]}}
-    elif row["stage"] == "statistics" and row.get("passes", 1) > 1:
-        wanted["names"] = parts(config, row["passes"])[0]
+        settings = {"batch": row.get("batch"), "chunk": row.get("chunk"), "length": length, "dtype": "bf16"}
+        wanted = {"stage": "refinement", "settings": settings | {"shard": row["shard"], "accumulate": 1}}
+    elif row["stage"] == "statistics" and row["fits"]:
+        wanted |= {"names": parts(config, row["passes"])[0], "chunk": row["chunk"]}
     if not row["fits"]:
         return
     found = list(aot.compiled(config, topology, [wanted], shard=row["shard"]))
