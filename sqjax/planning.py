@@ -279,8 +279,8 @@ def stages(
     """Returns for every stage what a device holds, whether it fits, how to share it out, and the least seconds.
 
     Keys: stage, fits, shard (devices that share one copy), batch (windows a step, over all devices), passes (over the
-    text, for statistics), chunk (tokens whose logits exist at a time), bytes, source (model or compiler), tokens, seconds, bound (operations, memory or links) and,
-    where it does not fit, needs (the number of such devices from which it does).
+    text, for statistics), chunk (tokens whose logits exist at a time), bytes, source (model or compiler), tokens,
+    seconds, bound (operations, memory or links) and, where it does not fit, needs (from how many such devices it does).
 
     Raises:
       InputError: no such topology, or the compiler is asked for and not there.
@@ -319,7 +319,7 @@ def _stage(config: ModelConfig, chip: Chip, devices: int, stage: str, length: in
 
 
 def _fitting(config, chip, devices, stage, length) -> Iterator[tuple[int, int, int, int]]:
-    """Yields (shard, passes, chunk, windows a device) that fit: fewest passes, then fewest sharers, then most windows."""
+    """Yields (shard, passes, chunk, windows a device) that fit: the fewest passes first, then the fewest sharers."""
     for passes in range(1, _MOST_PASSES + 1) if stage == "statistics" else (1,):
         part = _largest(config, stage, passes)
         shards = [divisor for divisor in range(1, devices + 1) if devices % divisor == 0]
