@@ -136,20 +136,25 @@ class Need:
     """What a device holds and does in one step of a stage.
 
     Attributes:
-      resident: bytes that do not depend on the batch.
-      per_token: bytes for each token of the device's share of a batch.
-      flops, flops32: operations a token in bf16 and in float32; of a whole matrix for rounding.
+      held: bytes from the beginning of a step to its end, and for each token of the device's share of the batch.
+      phases: the same of what exists one after the other: gathered weights, logits, the arrays of a block.
+      flops, flops32: operations a token in bf16 and in float32.
       moved: bytes a token that memory must move at least; `moved_a_step` those of a step.
       linked: bytes a step that come over the links.
     """
 
-    resident: float
-    per_token: float
+    held: tuple[float, float]
+    phases: tuple[tuple[float, float], ...]
     flops: float
-    flops32: float = 0.0
-    moved: float = 0.0
-    moved_a_step: float = 0.0
-    linked: float = 0.0
+    flops32: float
+    moved: float
+    moved_a_step: float
+    linked: float
+
+    def size(self, tokens: int) -> float:
+        """Returns the bytes at the fullest moment of a step with so many tokens on the device."""
+        held, *phases = (fixed + each * tokens for fixed, each in (self.held, *self.phases))
+        return held + max(phases)
 
 
 def need(config: ModelConfig, stage: str, length: int, shard: int, grams: int = 0, chunk: int = CHUNKS[0]) -> Need:
@@ -164,30 +169,33 @@ def need(config: ModelConfig, stage: str, length: int, shard: int, grams: int = 
     s, d, layers = sizes_of(config), config.hidden_size, config.num_hidden_layers
     inner = s.weights - s.table * (1 if config.tie_word_embeddings else 2)
     mixing = s.attention * length + s.delta
-    model = 2 * s.weights / shard
-    # Where weights are shared, a block and the output matrix are whole while they are at work.
-    gathered = 0 if shard == 1 else 2 * (2 * s.block + s.table)
-    passing = 0 if shard == 1 else 2 * s.weights * (1 - 1 / shard)
+    weights, shared = s.weights / shard, shard > 1
+    # Where weights are shared, a block and the next one, or a table, are whole while they are at work.
+    blocks, table = 4 * s.block * shared, 2 * s.table * shared
+    passing = 2 * s.weights * (1 - 1 / shard)
     logits = 4 * min(CHUNKS[-1] if stage == "evaluation" else chunk, length) * config.vocab_size
     # What the widest block holds in float32: some eight arrays of its width, three times that with their gradients.
-    forward, backward = 32 * s.wide + 16 * d, 96 * s.wide + 4 * d * (layers + 8)
+    forward, backward, stream = 32 * s.wide + 16 * d, 96 * s.wide + 16 * d, 4 * d * layers
     moved = 2 * layers * (2 * s.wide) + 16 * d * layers
     if stage == "forward":
-        return Need(model + gathered, forward, 2 * inner + mixing, 0, moved, 2 * s.weights, passing)
+        phases = ((table, 0.0), (blocks, forward))
+        return Need((2 * weights, 4 * d), phases, 2 * inner + mixing, 0, moved, 2 * s.weights, passing)
     if stage == "evaluation":
-        resident = 2 * (model + gathered) + 6 * logits
+        phases = ((2 * table + 6 * logits, 0.0), (blocks + table, forward))
         flops = 2 * (2 * (inner + s.table) + mixing)
-        return Need(resident, forward + 8 * d, flops, 0, 2 * moved, 4 * s.weights, 2 * passing)
+        return Need((4 * weights, 12 * d), phases, flops, 0, 2 * moved, 4 * s.weights, 2 * passing)
     if stage == "statistics":
-        whole = 0 if shard == 1 else 8 * s.largest**2
-        resident = model + gathered + 2 * 4 * grams / shard + whole + 5 * logits
-        flops = 6 * (inner + s.table) + 3 * mixing
-        return Need(resident, backward, flops, 2 * grams, 3 * moved, 6 * s.weights + 12 * grams / shard, 3 * passing)
+        sums = 4 * grams / shard
+        phases = ((table + 5 * logits, 0.0), (blocks + sums + 8 * s.largest**2 * shared, backward))
+        flops, moved_a_step = 6 * (inner + s.table) + 3 * mixing, 6 * s.weights + 3 * sums
+        return Need((2 * weights + sums, stream), phases, flops, 2 * grams, 3 * moved, moved_a_step, 3 * passing)
     if stage == "refinement":
-        # Latent values and two moments, where they started, both models, gradients and changes.
-        state = 32 * s.weights / shard + (0 if shard == 1 else 2 * gathered + 6 * s.table) + 6 * logits
+        # Latent values and two moments, where they started, both models, sums of gradients; then the loss, the blocks
+        # with the output matrix's gradient and their own, and the changes of the latent values.
+        phases = ((4 * s.table + 2 * table + 3 * logits, 0.0), (2 * s.table + 2 * blocks + 2 * weights, backward))
+        phases += ((8 * weights, 0.0),)
         flops = 2 * inner + 8 * inner + 8 * s.table + 5 * mixing
-        return Need(state, backward, flops, 0, 5 * moved, 60 * s.weights / shard, 6 * passing)
+        return Need((21.5 * weights, stream), phases, flops, 0, 5 * moved, 60 * weights, 6 * passing)
     raise ValueError(stage)
 
 
@@ -302,8 +310,14 @@ def _stage(config: ModelConfig, chip: Chip, devices: int, stage: str, length: in
         more = (2**power for power in range(1, 13) if 2**power > devices)
         enough = next((count for count in more if any(_fitting(config, chip, count, stage, length))), None)
         least = need(config, stage, length, devices, _largest(config, stage, _MOST_PASSES), CHUNKS[-1])
-        size = least.resident + least.per_token * length
-        return {"stage": stage, "fits": False, "bytes": size, "source": "model", "needs": enough, "shard": devices}
+        return {
+            "stage": stage,
+            "fits": False,
+            "bytes": least.size(length),
+            "source": "model",
+            "needs": enough,
+            "shard": devices,
+        }
     shard, passes, chunk, batch = found
     one = need(config, stage, length, shard, _largest(config, stage, passes), chunk)
     steps = passes * math.ceil(tokens / (batch * devices * length))
@@ -314,7 +328,7 @@ def _stage(config: ModelConfig, chip: Chip, devices: int, stage: str, length: in
         "links": steps * one.linked / chip.links,
     }
     result = {"stage": stage, "fits": True, "shard": shard, "batch": batch * devices, "passes": passes, "chunk": chunk}
-    result |= {"bytes": one.resident + one.per_token * batch * length, "source": "model", "tokens": tokens}
+    result |= {"bytes": one.size(batch * length), "source": "model", "tokens": tokens}
     return result | {"seconds": max(times.values()), "bound": max(times, key=times.get)}
 
 
@@ -325,10 +339,9 @@ def _fitting(config, chip, devices, stage, length) -> Iterator[tuple[int, int, i
         shards = [divisor for divisor in range(1, devices + 1) if devices % divisor == 0]
         for shard, chunk in itertools.product(shards, CHUNKS):
             one = need(config, stage, length, shard, part, chunk)
-            room = USABLE * chip.memory - one.resident
-            windows = int(room // (one.per_token * length))
-            if windows >= 1:
-                yield shard, passes, chunk, min(16, 1 << (windows.bit_length() - 1))
+            windows = [count for count in (16, 8, 4, 2, 1) if one.size(count * length) <= USABLE * chip.memory]
+            if windows:
+                yield shard, passes, chunk, windows[0]
 
 
 def _largest(config: ModelConfig, stage: str, passes: int) -> int:

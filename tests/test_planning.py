@@ -42,15 +42,15 @@ def test_the_state_of_refinement_is_within_what_is_planned():
     student = jax.eval_shape(programs.initial, start)
     teacher = model.abstract(SMALL, "bfloat16")
     held = bytes_of(start) + 3 * bytes_of(student) + bytes_of(teacher)
-    assert held < planning.need(SMALL, "refinement", 2048, 1).resident < 3 * held
+    assert held < planning.need(SMALL, "refinement", 2048, 1).size(2048) < 3 * held
 
 
 @pytest.mark.parametrize("stage", ["forward", "evaluation", "statistics", "refinement"])
 def test_sharing_and_smaller_chunks_need_less(stage):
     grams = planning._largest(SMALL, stage, 1)
-    sizes = [planning.need(CONFIGS["qwen3.5-27b"], stage, 2048, shard, grams).resident for shard in (2, 4, 8)]
+    sizes = [planning.need(CONFIGS["qwen3.5-27b"], stage, 2048, shard, grams).size(2048) for shard in (2, 4, 8)]
     assert sizes == sorted(sizes, reverse=True)
-    full, small = (planning.need(SMALL, stage, 2048, 1, grams, chunk).resident for chunk in (1024, 256))
+    full, small = (planning.need(SMALL, stage, 2048, 1, grams, chunk).size(2048) for chunk in (1024, 256))
     assert small <= full
 
 
