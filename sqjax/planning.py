@@ -215,7 +215,8 @@ def rounding_cost(shape: tuple[int, int]) -> tuple[float, float]:
 def rounding_bytes(config: ModelConfig) -> float:
     """Bytes of the largest group of matrices that are rounded at once, with what the steps keep beside them."""
     shapes = [shape for name, shape in config.tensor_shapes().items() if is_matrix(name, shape)]
-    elements = [r * c + c**2 + (r**2 if r < config.vocab_size else 0) for r, c in shapes]
+    # The embedding and the output matrix have no Gram of outputs, and come in parts of at most 2^28 weights.
+    elements = [r * c + c**2 + r**2 if r < config.vocab_size else min(r * c, 1 << 28) + c**2 for r, c in shapes]
     # Stacked as measured, shaped, factored, and the pull of the descents; at least the group that fills a device.
     return 4 * 5 * max(1 << 26, *elements)
 
