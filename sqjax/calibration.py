@@ -72,6 +72,7 @@ def collect(
     seed: int = 0,
     save_every: int = 32,
     shard: int = 1,
+    chunk: int = 1024,
     names: Sequence[str] = PROJECTIONS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Sums:
@@ -96,7 +97,7 @@ def collect(
         key = jax.random.key(seed)
         for index in range(first, total):
             tokens_BT, mask_BT = meshes.place(_batch(windows_WT, index, batch), mesh, meshes.BY_BATCH)
-            sums = accumulate(model, sums, tokens_BT, mask_BT, jax.random.fold_in(key, index), mesh=mesh)
+            sums = accumulate(model, sums, tokens_BT, mask_BT, jax.random.fold_in(key, index), chunk=chunk, mesh=mesh)
             if manager is not None and (index + 1) % save_every == 0:
                 # What goes on is what was saved, so that a resumed run has the same bits on any number of devices.
                 whole = folded(sums, mesh)
@@ -136,6 +137,7 @@ def calibrate(
     save_every: int = 32,
     shard: int = 1,
     passes: int = 1,
+    chunk: int = 1024,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Statistics:
     """Measures statistics into a folder, or goes on with an interrupted run of the same settings.
@@ -151,7 +153,14 @@ def calibrate(
     if meshes.is_first():
         _claim(folder, identity)
     meshes.wait_for_all("claimed")
-    options = {"batch": batch, "seed": seed, "save_every": save_every, "shard": shard, "progress": progress}
+    options = {
+        "batch": batch,
+        "seed": seed,
+        "save_every": save_every,
+        "shard": shard,
+        "chunk": chunk,
+        "progress": progress,
+    }
     # What follows works on one matrix at a time, wherever there is room for it.
     keep = (lambda sums: sums) if len(jax.devices()) * passes == 1 else meshes.to_host
     sums = None

@@ -41,6 +41,7 @@ def calibrate(
     batch: int = 8,
     shard: int = 1,
     passes: int = 1,
+    chunk: int = 1024,
     seed: int = 0,
     imatrix: str | None = None,
     json: Json = False,
@@ -56,6 +57,7 @@ def calibrate(
         batch: windows at a time, over all devices
         shard: devices that share one copy of the weights and Grams
         passes: over the text, each for some of the matrices, where not all Grams fit at once
+        chunk: tokens whose logits a device holds at a time
         seed: of the order of documents and of the labels drawn from the model
         imatrix: also write the importance matrix to this file, in llama.cpp's GGUF format
         json: print one JSON object and nothing else
@@ -71,6 +73,7 @@ def calibrate(
         batch=batch,
         shard=shard,
         passes=passes,
+        chunk=chunk,
         seed=seed,
         imatrix=imatrix,
     )

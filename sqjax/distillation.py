@@ -129,7 +129,7 @@ def micro_batches(config: ModelConfig, settings: Refinement) -> int:
         if rows % settings.accumulate:
             raise InputError(f"{rows} windows a device are no {settings.accumulate} micro-batches; set another number")
         return settings.accumulate
-    statistics = jax.devices()[0].memory_stats() or {}
+    statistics = jax.local_devices()[0].memory_stats() or {}
     tokens = _MICRO_TOKENS
     if limit := statistics.get("bytes_limit"):
         # float32 residuals of all layers and, under remat, the dozen wide arrays of one block and their gradients.
@@ -372,7 +372,7 @@ def _note(record: Mapping[str, Any], position: Position) -> str:
     parts = [f"KL {kl}", f"watched {position.best_kl:.5f} at {position.best_step}"]
     if record["tokens_per_second"]:
         parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
-    if used := (jax.devices()[0].memory_stats() or {}).get("bytes_in_use"):
+    if used := (jax.local_devices()[0].memory_stats() or {}).get("bytes_in_use"):
         parts.append(f"{used / (1 << 30):.1f} GiB")
     return ", ".join(parts)
 

@@ -46,6 +46,7 @@ def calibrate(
     batch: int = 8,
     shard: int = 1,
     passes: int = 1,
+    chunk: int = 1024,
     seed: int = 0,
     imatrix: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -60,6 +61,7 @@ def calibrate(
       batch: windows at a time, over all devices.
       shard: devices that share one copy of the weights and Grams; the others multiply the batch.
       passes: over the text, each for some of the matrices, where not all Grams fit at once.
+      chunk: tokens whose logits a device holds at a time.
       seed: of the order of documents and of the labels drawn from the model.
       imatrix: also write the importance matrix to this file, in llama.cpp's GGUF format.
 
@@ -68,7 +70,7 @@ def calibrate(
     """
     start = time.monotonic()
     checkpoint = open_model(model)
-    sharing = {"batch": batch, "shard": shard, "passes": passes}
+    sharing = {"batch": batch, "shard": shard, "passes": passes, "chunk": chunk}
     statistics, about = _measure(checkpoint, text, Path(out), tokens, length, seed, **sharing)
     if imatrix is not None and meshes.is_first():
         calibration.write_imatrix(imatrix, statistics, checkpoint.config, str(about["text"]))

@@ -10,6 +10,7 @@ References:
   https://arxiv.org/abs/1910.02054
 """
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -64,7 +65,22 @@ def create(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     if model < 1 or count % model:
         raise InputError(f"{count} devices cannot be grouped by {model}; spread parameters over a divisor of {count}")
     kinds = (jax.sharding.AxisType.Auto,) * 2
-    return jax.make_mesh((count // model, model), (DATA, MODEL), axis_types=kinds, devices=devices)
+    mesh = jax.make_mesh((count // model, model), (DATA, MODEL), axis_types=kinds, devices=devices)
+    if devices is None and jax.process_count() > 1:
+        _open_links(mesh)
+    return mesh
+
+
+@functools.cache
+def _open_links(mesh: Mesh) -> None:
+    """Lets devices of all hosts meet once, while the hosts are at the same place in the program.
+
+    Links that are opened by the first program that needs them wait half a minute for the other hosts on CPUs; one host
+    may compile that program for longer than another.
+    """
+    meet = lambda x: sum(jax.lax.psum(x, axis) for axis in (DATA, MODEL, BATCH))  # noqa: E731
+    ones = place(np.ones(mesh.size, np.float32), mesh, BY_BATCH)
+    jax.block_until_ready(jax.jit(over(mesh, meet, (BY_BATCH,), lambda specs: specs[0]))(ones))
 
 
 def rows(tree: Any, mesh: Mesh) -> Any:

@@ -9,6 +9,7 @@ Operations are those of the programs as they are, recomputation included.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,8 @@ from sqjax.statistics import gram_sizes, parts
 GB = 10**9
 # Of a device's memory; the rest is the runtime's, and what the allocator cannot use.
 USABLE = 0.9
-_CHUNK = 1024
+# Tokens whose logits exist at a time: as the stages have it, and what is left where memory is short.
+CHUNKS = (1024, 256)
 _DELTA_CHUNK = 64
 _MOST_PASSES = 4
 
@@ -134,57 +136,66 @@ class Need:
     """What a device holds and does in one step of a stage.
 
     Attributes:
-      resident: bytes that do not depend on the batch.
-      per_token: bytes for each token of the device's share of a batch.
-      flops, flops32: operations a token in bf16 and in float32; of a whole matrix for rounding.
+      held: bytes from the beginning of a step to its end, and for each token of the device's share of the batch.
+      phases: the same of what exists one after the other: gathered weights, logits, the arrays of a block.
+      flops, flops32: operations a token in bf16 and in float32.
       moved: bytes a token that memory must move at least; `moved_a_step` those of a step.
       linked: bytes a step that come over the links.
     """
 
-    resident: float
-    per_token: float
+    held: tuple[float, float]
+    phases: tuple[tuple[float, float], ...]
     flops: float
-    flops32: float = 0.0
-    moved: float = 0.0
-    moved_a_step: float = 0.0
-    linked: float = 0.0
+    flops32: float
+    moved: float
+    moved_a_step: float
+    linked: float
+
+    def size(self, tokens: int) -> float:
+        """Returns the bytes at the fullest moment of a step with so many tokens on the device."""
+        held, *phases = (fixed + each * tokens for fixed, each in (self.held, *self.phases))
+        return held + max(phases)
 
 
-def need(config: ModelConfig, stage: str, length: int, shard: int, grams: int = 0) -> Need:
+def need(config: ModelConfig, stage: str, length: int, shard: int, grams: int = 0, chunk: int = CHUNKS[0]) -> Need:
     """Returns what a stage needs of a device, `shard` of which share one copy of weights, Grams and state.
 
     Args:
       stage: forward, evaluation, statistics or refinement.
       length: tokens of a window.
       grams: elements of the Grams that are summed in one pass.
+      chunk: tokens whose logits exist at a time; evaluation takes the smallest always.
     """
     s, d, layers = sizes_of(config), config.hidden_size, config.num_hidden_layers
     inner = s.weights - s.table * (1 if config.tie_word_embeddings else 2)
     mixing = s.attention * length + s.delta
-    model = 2 * s.weights / shard
-    # Where weights are shared, a block and the output matrix are whole while they are at work.
-    gathered = 0 if shard == 1 else 2 * (2 * s.block + s.table)
-    passing = 0 if shard == 1 else 2 * s.weights * (1 - 1 / shard)
-    logits = 4 * min(_CHUNK, length) * config.vocab_size
+    weights, shared = s.weights / shard, shard > 1
+    # Where weights are shared, a block and the next one, or a table, are whole while they are at work.
+    blocks, table = 4 * s.block * shared, 2 * s.table * shared
+    passing = 2 * s.weights * (1 - 1 / shard)
+    logits = 4 * min(CHUNKS[-1] if stage == "evaluation" else chunk, length) * config.vocab_size
     # What the widest block holds in float32: some eight arrays of its width, three times that with their gradients.
-    forward, backward = 32 * s.wide + 16 * d, 96 * s.wide + 4 * d * (layers + 8)
+    forward, backward, stream = 32 * s.wide + 16 * d, 96 * s.wide + 16 * d, 4 * d * layers
     moved = 2 * layers * (2 * s.wide) + 16 * d * layers
     if stage == "forward":
-        return Need(model + gathered, forward, 2 * inner + mixing, 0, moved, 2 * s.weights, passing)
+        phases = ((table, 0.0), (blocks, forward))
+        return Need((2 * weights, 4 * d), phases, 2 * inner + mixing, 0, moved, 2 * s.weights, passing)
     if stage == "evaluation":
-        resident = 2 * (model + gathered) + 6 * logits
+        phases = ((2 * table + 6 * logits, 0.0), (blocks + table, forward))
         flops = 2 * (2 * (inner + s.table) + mixing)
-        return Need(resident, forward + 8 * d, flops, 0, 2 * moved, 4 * s.weights, 2 * passing)
+        return Need((4 * weights, 12 * d), phases, flops, 0, 2 * moved, 4 * s.weights, 2 * passing)
     if stage == "statistics":
-        whole = 0 if shard == 1 else 8 * s.largest**2
-        resident = model + gathered + 2 * 4 * grams / shard + whole + 5 * logits
-        flops = 6 * (inner + s.table) + 3 * mixing
-        return Need(resident, backward, flops, 2 * grams, 3 * moved, 6 * s.weights + 12 * grams / shard, 3 * passing)
+        sums = 4 * grams / shard
+        phases = ((table + 5 * logits, 0.0), (blocks + sums + 8 * s.largest**2 * shared, backward))
+        flops, moved_a_step = 6 * (inner + s.table) + 3 * mixing, 6 * s.weights + 3 * sums
+        return Need((2 * weights + sums, stream), phases, flops, 2 * grams, 3 * moved, moved_a_step, 3 * passing)
     if stage == "refinement":
-        # Latent values and two moments, where they started, both models, gradients and changes.
-        state = 32 * s.weights / shard + (0 if shard == 1 else 2 * gathered + 6 * s.table) + 6 * logits
+        # Latent values and two moments, where they started, both models, sums of gradients; then the loss, the blocks
+        # with the output matrix's gradient and their own, and the changes of the latent values.
+        phases = ((4 * s.table + 2 * table + 3 * logits, 0.0), (2 * s.table + 2 * blocks + 2 * weights, backward))
+        phases += ((8 * weights, 0.0),)
         flops = 2 * inner + 8 * inner + 8 * s.table + 5 * mixing
-        return Need(state, backward, flops, 0, 5 * moved, 60 * s.weights / shard, 6 * passing)
+        return Need((21.5 * weights, stream), phases, flops, 0, 5 * moved, 60 * weights, 6 * passing)
     raise ValueError(stage)
 
 
@@ -204,7 +215,8 @@ def rounding_cost(shape: tuple[int, int]) -> tuple[float, float]:
 def rounding_bytes(config: ModelConfig) -> float:
     """Bytes of the largest group of matrices that are rounded at once, with what the steps keep beside them."""
     shapes = [shape for name, shape in config.tensor_shapes().items() if is_matrix(name, shape)]
-    elements = [r * c + c**2 + (r**2 if r < config.vocab_size else 0) for r, c in shapes]
+    # The embedding and the output matrix have no Gram of outputs, and come in parts of at most 2^28 weights.
+    elements = [r * c + c**2 + r**2 if r < config.vocab_size else min(r * c, 1 << 28) + c**2 for r, c in shapes]
     # Stacked as measured, shaped, factored, and the pull of the descents; at least the group that fills a device.
     return 4 * 5 * max(1 << 26, *elements)
 
@@ -276,8 +288,8 @@ def stages(
     """Returns for every stage what a device holds, whether it fits, how to share it out, and the least seconds.
 
     Keys: stage, fits, shard (devices that share one copy), batch (windows a step, over all devices), passes (over the
-    text, for statistics), bytes, source (model or compiler), tokens, seconds, bound (operations, memory or links) and,
-    where it does not fit, needs (the number of such devices from which it does).
+    text, for statistics), chunk (tokens whose logits exist at a time), bytes, source (model or compiler), tokens,
+    seconds, bound (operations, memory or links) and, where it does not fit, needs (from how many such devices it does).
 
     Raises:
       InputError: no such topology, or the compiler is asked for and not there.
@@ -298,11 +310,17 @@ def _stage(config: ModelConfig, chip: Chip, devices: int, stage: str, length: in
     if found is None:
         more = (2**power for power in range(1, 13) if 2**power > devices)
         enough = next((count for count in more if any(_fitting(config, chip, count, stage, length))), None)
-        least = need(config, stage, length, devices, _largest(config, stage, _MOST_PASSES))
-        size = least.resident + least.per_token * length
-        return {"stage": stage, "fits": False, "bytes": size, "source": "model", "needs": enough, "shard": devices}
-    shard, passes, batch = found
-    one = need(config, stage, length, shard, _largest(config, stage, passes))
+        least = need(config, stage, length, devices, _largest(config, stage, _MOST_PASSES), CHUNKS[-1])
+        return {
+            "stage": stage,
+            "fits": False,
+            "bytes": least.size(length),
+            "source": "model",
+            "needs": enough,
+            "shard": devices,
+        }
+    shard, passes, chunk, batch = found
+    one = need(config, stage, length, shard, _largest(config, stage, passes), chunk)
     steps = passes * math.ceil(tokens / (batch * devices * length))
     own = passes * tokens / devices
     times = {
@@ -310,21 +328,21 @@ def _stage(config: ModelConfig, chip: Chip, devices: int, stage: str, length: in
         "memory": (own * one.moved + steps * one.moved_a_step) / chip.bandwidth,
         "links": steps * one.linked / chip.links,
     }
-    result = {"stage": stage, "fits": True, "shard": shard, "batch": batch * devices, "passes": passes}
-    result |= {"bytes": one.resident + one.per_token * batch * length, "source": "model", "tokens": tokens}
+    result = {"stage": stage, "fits": True, "shard": shard, "batch": batch * devices, "passes": passes, "chunk": chunk}
+    result |= {"bytes": one.size(batch * length), "source": "model", "tokens": tokens}
     return result | {"seconds": max(times.values()), "bound": max(times, key=times.get)}
 
 
-def _fitting(config, chip, devices, stage, length) -> Iterator[tuple[int, int, int]]:
-    """Yields (shard, passes, windows a device) that fit: fewest passes, then fewest sharers, then most windows."""
+def _fitting(config, chip, devices, stage, length) -> Iterator[tuple[int, int, int, int]]:
+    """Yields (shard, passes, chunk, windows a device) that fit: the fewest passes first, then the fewest sharers."""
     for passes in range(1, _MOST_PASSES + 1) if stage == "statistics" else (1,):
         part = _largest(config, stage, passes)
-        for shard in (divisor for divisor in range(1, devices + 1) if devices % divisor == 0):
-            one = need(config, stage, length, shard, part)
-            room = USABLE * chip.memory - one.resident
-            windows = int(room // (one.per_token * length))
-            if windows >= 1:
-                yield shard, passes, min(16, 1 << (windows.bit_length() - 1))
+        shards = [divisor for divisor in range(1, devices + 1) if devices % divisor == 0]
+        for shard, chunk in itertools.product(shards, CHUNKS):
+            one = need(config, stage, length, shard, part, chunk)
+            windows = [count for count in (16, 8, 4, 2, 1) if one.size(count * length) <= USABLE * chip.memory]
+            if windows:
+                yield shard, passes, chunk, windows[0]
 
 
 def _largest(config: ModelConfig, stage: str, passes: int) -> int:
@@ -354,10 +372,10 @@ def _compiled(config: ModelConfig, topology: str, chip: Chip, row: dict[str, Any
         shapes = {s for name, s in config.tensor_shapes().items() if name.startswith("blk.") and is_matrix(name, s)}
         wanted = {"stage": "rounding", "shape": max(shapes, key=lambda shape: shape[0] ** 2 + shape[1] ** 2)}
     elif row["stage"] == "refinement":
-        settings = {"batch": row.get("batch", 0), "length": length, "accumulate": 1, "dtype": "bf16"}
-        wanted = {"stage": "refinement", "settings": settings | {"shard": row["shard"]}}
-    elif row["stage"] == "statistics" and row.get("passes", 1) > 1:
-        wanted["names"] = parts(config, row["passes"])[0]
+        settings = {"batch": row.get("batch"), "chunk": row.get("chunk"), "length": length, "dtype": "bf16"}
+        wanted = {"stage": "refinement", "settings": settings | {"shard": row["shard"], "accumulate": 1}}
+    elif row["stage"] == "statistics" and row["fits"]:
+        wanted |= {"names": parts(config, row["passes"])[0], "chunk": row["chunk"]}
     if not row["fits"]:
         return
     found = list(aot.compiled(config, topology, [wanted], shard=row["shard"]))

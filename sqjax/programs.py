@@ -86,6 +86,7 @@ def accumulate(
     length: int,
     dtype=jnp.bfloat16,
     names: Sequence[str] = statistics.PROJECTIONS,
+    chunk: int = 1024,
 ) -> Program:
     """One batch added to the Grams of the named projections."""
     model = abstract(config, dtype)
@@ -95,7 +96,7 @@ def accumulate(
     key = placed(jax.eval_shape(lambda: jax.random.key(0)), mesh)
     tokens_BT, mask_BT = (_array(mesh, (batch, length), kind, BY_BATCH) for kind in (jnp.int32, jnp.float32))
     arguments = (_model(config, mesh, dtype), wide, tokens_BT, mask_BT, key)
-    return Program("statistics", "accumulate", statistics.accumulate, arguments, {"mesh": mesh})
+    return Program("statistics", "accumulate", statistics.accumulate, arguments, {"mesh": mesh, "chunk": chunk})
 
 
 def abstract_start(config: ModelConfig) -> Student:

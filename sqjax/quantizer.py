@@ -242,7 +242,12 @@ def round_table(
     costs_VR = jnp.stack([weight_V * trace for (weight_V, _), trace in zip(roles, traces)], axis=1)
     shares_VR = costs_VR / jnp.sum(costs_VR, axis=1, keepdims=True)
     order_V = jnp.argsort(shares_VR[:, -1])
-    count = next(count for count in range(buckets, 0, -1) if rows % count == 0) if len(roles) > 1 else 1
+    if len(roles) > 1:
+        count = next(count for count in range(buckets, 0, -1) if rows % count == 0)
+    else:
+        # Rows of one role share their Gram; they come in parts only where the whole would not fit a device.
+        least = max(1, weight_VD.size >> 27)
+        count = next(count for count in range(least, rows + 1) if rows % count == 0)
     solutions = []
     # As many buckets at once as there are devices.
     for group in np.array_split(np.arange(count), -(-count // len(jax.devices()))):

@@ -100,7 +100,7 @@ def file_facts(file: str | Path) -> dict[str, Any]:
 
 def usage() -> dict[str, Any]:
     """Returns device and peak memory of this process: keys device, peak_memory_bytes, peak_device_memory_bytes."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     statistics = device.memory_stats() or {}
     unit = 1 if sys.platform == "darwin" else 1024
     return {

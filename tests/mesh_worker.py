@@ -82,6 +82,7 @@ def _leaves(tree):
 
 if __name__ == "__main__":
     mesh.connect()
+    mesh.create(int(sys.argv[4]))
     arrays = measure(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[4]))
     if mesh.is_first():
         np.savez(sys.argv[3], **arrays)

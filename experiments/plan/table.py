@@ -20,6 +20,7 @@ def cell(row: dict) -> str:
     shared = f"/{row['shard']}" if row["shard"] > 1 else ""
     windows = f", {row['batch']}w" if row.get("batch") else ""
     passes = f", {row['passes']} passes" if row.get("passes", 1) > 1 else ""
+    passes += f", chunk {row['chunk']}" if row.get("chunk", 1024) != 1024 and row["stage"] != "evaluation" else ""
     return f"{size}{shared}{windows}{passes}, {_time(row['seconds'])}"
 
 

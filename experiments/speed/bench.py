@@ -168,14 +168,6 @@ def matrix_weights(config) -> int:
     return sum(rows * columns for rows, columns in shapes.values())
 
 
-def placed(tree, *axes):
-    """Puts arrays on all devices: copied, or split along the axis of the batch."""
-    import jax
-
-    mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.P(*axes)))
-
-
 def random_tokens(config, *shape):
     """Tokens of no text."""
     import jax
@@ -255,18 +247,20 @@ def statistics(arguments) -> None:
     import jax
     import jax.numpy as jnp
 
-    from sqjax.statistics import accumulate, empty
+    from sqjax import mesh as meshes
+    from sqjax.statistics import accumulate, empty, spread
 
     config = config_of(arguments.shape)
     length, _, batch, _ = SIZES[arguments.shape]
     batch *= len(jax.devices())
-    model = placed(random_model(config, jnp.dtype(arguments.dtype)))
-    state = {"sums": placed(empty(model))}
-    tokens = placed(random_tokens(config, batch, length), "data")
-    mask, key = placed(jnp.ones((batch, length)), "data"), placed(jax.random.key(0))
+    mesh = meshes.create()
+    model = meshes.place(random_model(config, jnp.dtype(arguments.dtype)), mesh)
+    state = {"sums": spread(empty(model), mesh)}
+    text = (random_tokens(config, batch, length), jnp.ones((batch, length)))
+    text = (*meshes.place(text, mesh, meshes.BY_BATCH), jax.random.key(0))
 
     def call():
-        state["sums"] = jax.block_until_ready(accumulate(model, state["sums"], tokens, mask, key))
+        state["sums"] = jax.block_until_ready(accumulate(model, state["sums"], *text, mesh=mesh))
 
     with Clock() as clock:
         call()
@@ -335,23 +329,23 @@ def refinement(arguments) -> None:
     import jax
     import jax.numpy as jnp
 
-    from sqjax.distillation import State, make_update, micro_batches, optimizer_of
+    from sqjax import mesh as meshes
+    from sqjax.distillation import BY_WINDOW, State, make_update, micro_batches, optimizer_of
     from sqjax.refinement import Refinement, initial
 
     config = config_of(arguments.shape)
     length, _, _, batch = SIZES[arguments.shape]
     settings = Refinement(length=length, batch=batch, accumulate=arguments.accumulate, dtype="auto")
     settings = dataclasses.replace(settings, accumulate=micro_batches(config, settings))
-    start = placed(jax.jit(random_start, static_argnums=0)(config, jax.random.key(2)))
+    mesh = meshes.create()
+    start = meshes.place(jax.jit(random_start, static_argnums=0)(config, jax.random.key(2)), mesh)
     student = jax.jit(initial)(start)
-    state = {"state": placed(State(student, optimizer_of(settings).init(student)))}
-    teacher = placed(random_model(config, settings.compute_dtype))
+    state = {"state": meshes.place(State(student, optimizer_of(settings).init(student)), mesh)}
+    teacher = meshes.place(random_model(config, settings.compute_dtype), mesh)
     tokens = random_tokens(config, settings.accumulate, batch // settings.accumulate, length)
     weight = jnp.full(tokens.shape, 1.0 / tokens.size)
-    update, rest = (
-        make_update(config, settings),
-        (*placed((tokens, weight), None, "data"), *placed((jnp.float32(1.0), jnp.float32(0.3)))),
-    )
+    rest = (*meshes.place((tokens, weight), mesh, BY_WINDOW), jnp.float32(1.0), jnp.float32(0.3))
+    update = make_update(config, settings, mesh)
 
     def call():
         state["state"], loss = update(state["state"], teacher, start, *rest)
