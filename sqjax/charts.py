@@ -42,7 +42,6 @@ _STYLE = {
     "figure.constrained_layout.use": True,
 }
 _LINE_HEIGHT = 12.0  # points between labels
-_LABEL_WIDTH = 120.0  # points that a label may take
 
 
 def colour_of(name: str, result: Mapping[str, Any]) -> str:
@@ -65,6 +64,14 @@ def short(name: str) -> str:
     return re.sub(r"\.gguf$", "", name)
 
 
+def _distinct(names: list[str]) -> list[str]:
+    """Names without the parts, between dots, that all of them begin with."""
+    parts = [name.split(".") for name in names]
+    while len(parts) > 1 and all(len(part) > 1 and part[0] == parts[0][0] for part in parts):
+        parts = [part[1:] for part in parts]
+    return [".".join(part) for part in parts]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures
 
@@ -77,7 +84,7 @@ def loss_against_size(result: Mapping[str, Any]) -> Figure:
         files, reference = everyone(result), result["reference_facts"]
         sizes = [file["file_bytes"] / MIB for file in files.values()]
         colours = [colour_of(name, result) for name in files]
-        names = [short(name) for name in files]
+        names = _distinct([short(name) for name in files])
         losses = [file["cross_entropy"] for file in files.values()]
         left.axhline(reference["cross_entropy"], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         left.scatter(sizes, losses, c=colours, s=34, zorder=3)
@@ -99,7 +106,7 @@ def loss_against_size(result: Mapping[str, Any]) -> Figure:
             (right, [(name, size, kl, colour) for name, size, kl, _, colour in shown]),
         ):
             low, high = min(sizes), max(sizes)
-            axes.set_xlim(low - 0.06 * (high - low or low), high + 0.5 * (high - low or low))
+            axes.set_xlim(low - 0.06 * (high - low or low), high + 0.06 * (high - low or low))
             axes.margins(y=0.12)
             figure.draw_without_rendering()
             _label(axes, points)
@@ -107,27 +114,30 @@ def loss_against_size(result: Mapping[str, Any]) -> Figure:
 
 
 def _label(axes, points: Sequence[tuple[str, float, float, str]]) -> None:
-    """Writes names beside their points, moved apart where they would cover each other."""
+    """Writes names in a column on the right, in the order of their points, with a line to each."""
     scale = 72.0 / axes.figure.dpi
-    placed: list[tuple[float, float]] = []
-    spots = [(*(axes.transData.transform((x, y)) * scale), name, x, y, colour) for name, x, y, colour in points]
-    for left, bottom, name, x, y, colour in sorted(spots, key=lambda spot: -spot[1]):
-        height = bottom
-        for other_left, other_height in sorted(placed, key=lambda other: -other[1]):
-            if abs(other_left - left) < _LABEL_WIDTH and abs(other_height - height) < _LINE_HEIGHT:
-                height = other_height - _LINE_HEIGHT
-        placed.append((left, height))
-        line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkB": 3} if bottom - height > 3 else None
-        offset = (11, height - bottom)
+    box = axes.get_window_extent()
+    heights = [float(axes.transData.transform((x, y))[1] - box.y0) * scale for _, x, y, _ in points]
+    order = sorted(range(len(points)), key=lambda index: (-heights[index], -points[index][1]))
+    top, placed = box.height * scale + _LINE_HEIGHT / 2, {}
+    for index in order:
+        top = placed[index] = min(heights[index], top - _LINE_HEIGHT)
+    # What was pushed below the axes goes up again, and pushes in turn.
+    bottom = 0.0
+    for index in reversed(order):
+        placed[index] = max(placed[index], bottom)
+        bottom = placed[index] + _LINE_HEIGHT
+    for index, (name, x, y, colour) in enumerate(points):
         axes.annotate(
             name,
             (x, y),
-            xytext=offset,
-            textcoords="offset points",
+            xytext=(1.03, placed[index] / (box.height * scale)),
+            textcoords="axes fraction",
             va="center",
             color=colour,
-            arrowprops=line,
             fontsize=8,
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3, "alpha": 0.7},
         )
 
 
