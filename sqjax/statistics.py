@@ -226,64 +226,6 @@ def _sums_of(model, like, tokens_BT, mask_BT, key, first_row, chunk):
     return Sums(blocks, head_gram_DD, head_weight_V, gram(lookup_BTD), counts_V, jnp.sum(mask_BT))
 
 
-@functools.partial(jax.jit, donate_argnums=1, static_argnames="chunk")
-def accumulate_sketch(
-    model: Qwen35,
-    sums: list[dict[str, dict[str, Array]]],
-    factors: list[dict[str, dict[str, Array]]],
-    tokens_BT: Int[Array, "B T"],
-    mask_BT: Float[Array, "B T"],
-    key: Array,
-    *,
-    chunk: int = 1024,
-) -> list[dict[str, dict[str, Array]]]:
-    """Adds one batch to a power iteration for the Kronecker factors of the Fisher information of each matrix.
-
-    With D the gradient of one sequence's log-likelihood with respect to a matrix, "input" grows by the sum over
-    sequences of D^T G D and "output" by that of D A D^T, where A and G are the previous `factors`. Unlike independent
-    Grams this counts how inputs and gradients go together, and the tokens of a sequence with each other.
-
-    References:
-      Tseng et al., Model-Preserving Adaptive Rounding (YAQA), 2025. https://arxiv.org/abs/2505.22988
-    """
-
-    def loss(probes):
-        def tap(probe, x, y):
-            accumulators, previous = probe
-            return observe_sketch(accumulators, jax.lax.stop_gradient(previous), _masked(x, mask_BT), y)
-
-        pairs = [{name: (block[name], kinds[name]) for name in block} for block, kinds in zip(probes, factors)]
-        hidden_BTD = model.trunk(model.embed(tokens_BT), observe=tap, probes=pairs, remat=True)
-        return _sampled_loss(model, hidden_BTD, mask_BT, key, chunk)[0]
-
-    return jax.tree.map(jnp.add, sums, jax.grad(loss)(jax.tree.map(jnp.zeros_like, sums)))
-
-
-@jax.custom_vjp
-def observe_sketch(accumulators, factors, x_BTI, y_BTO):
-    """Returns y; the cotangent of `accumulators` is one step of the power iteration of `accumulate_sketch`."""
-    return y_BTO
-
-
-def _sketch_forward(accumulators, factors, x_BTI, y_BTO):
-    return y_BTO, (factors, x_BTI)
-
-
-def _sketch_backward(residuals, cotangent_BTO):
-    factors, x_BTI = residuals
-    product = functools.partial(jnp.einsum, precision="highest")
-    gradient_BOI = product("bto,bti->boi", cotangent_BTO.astype(jnp.float32), x_BTI.astype(jnp.float32))
-    weighted_BOI = product("op,bpi->boi", factors["output"], gradient_BOI)
-    sums = {
-        "input": product("boi,boj->ij", gradient_BOI, weighted_BOI),
-        "output": product("boi,bpi->op", product("boj,ij->boi", gradient_BOI, factors["input"]), gradient_BOI),
-    }
-    return sums, jax.tree.map(jnp.zeros_like, factors), jnp.zeros_like(x_BTI), cotangent_BTO
-
-
-observe_sketch.defvjp(_sketch_forward, _sketch_backward)
-
-
 def _masked(x_BTD, mask_BT):
     return x_BTD * mask_BT[..., None].astype(x_BTD.dtype)
 

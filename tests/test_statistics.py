@@ -152,27 +152,6 @@ def test_an_interrupted_run_ends_with_the_same_bits(model, tmp_path):
     calibration.check_model(loaded, model.config)
 
 
-def test_power_iteration_of_one_sequence_finds_its_rank_one_curvature(model):
-    """With one sequence the Fisher is vec(D) vec(D)^T; from identities, one step gives D^T D and D D^T."""
-    rows = windows(1)
-    tokens, mask = jnp.asarray(rows), jnp.ones(rows.shape, jnp.float32)
-    name, position = "ssm_out", 0
-    size = getattr(model.blocks[position], name)[...].shape
-    zeros = {"input": jnp.zeros((size[0], size[2], size[2])), "output": jnp.zeros((size[0], size[1], size[1]))}
-    ones = jax.tree.map(lambda x: jnp.broadcast_to(jnp.eye(x.shape[-1])[None], x.shape), zeros)
-    sums = [{name: zeros} if index == position else {} for index in range(len(model.blocks))]
-    factors = [{name: ones} if index == position else {} for index in range(len(model.blocks))]
-    key = jax.random.key(0)
-    got = statistics.accumulate_sketch(model, sums, factors, tokens, mask, key, chunk=32)[position][name]
-
-    def loss(model):
-        return statistics._sampled_loss(model, model.hidden(tokens), mask, key, 32)[0]
-
-    gradient = np.asarray(getattr(jax.grad(loss)(model).blocks[position], name)[...])[0].astype(np.float64)
-    for kind, expected in (("input", gradient.T @ gradient), ("output", gradient @ gradient.T)):
-        np.testing.assert_allclose(np.asarray(got[kind][0]), expected, atol=1e-4 * np.abs(expected).max())
-
-
 def test_importance_matrix_round_trip(model, tmp_path):
     rows = windows(2)
     measured = statistics.means(model.config, accumulate(model, rows), rows)
