@@ -78,7 +78,6 @@ def demo(out: str | Path = "runs/demo") -> dict[str, Any]:
         disagreements=8,
         calibration=[CALIBRATION_SUITE],
         out=out / "report",
-        statistics=out / "statistics",
     )
     files = {name: result["files"][path.name] for name, path in paths.items()}
     return {"files": files, "report": result["report"], "seconds": time.monotonic() - start}
