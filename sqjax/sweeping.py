@@ -16,9 +16,9 @@ from typing import Any
 
 from sqjax import plans, studies, study_results
 from sqjax.run import InputError, atomic_path
+from sqjax.search_space import Search, Space
 from sqjax.settings import build, overridden, parse_overrides, read_toml, to_toml
 from sqjax.sources import DEMO_MODEL, find_config, open_model
-from sqjax.studies import Search, Space
 from sqjax.trials import Bench, Watch, lock, statistics_folder
 
 

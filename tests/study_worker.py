@@ -10,7 +10,8 @@ import time
 
 import numpy as np
 
-from sqjax.studies import Outcome, Search, Space, open_storage, open_study, work
+from sqjax.search_space import Search, Space
+from sqjax.studies import Outcome, open_storage, open_study, work
 
 STRENGTHS = [round(0.05 * i, 2) for i in range(20)]
 SEARCH = Search(name="one-matrix", heartbeat=1)

@@ -19,7 +19,8 @@ model
 statistics evaluation
 calibration runtime
 cache
-quantizer studies
+quantizer search_space
+studies
 refinement
 variants
 distillation sources

@@ -11,8 +11,8 @@ from sqjax import cli, plans, sources, sweeping
 from sqjax.objective import Problem, proxy_loss
 from sqjax.quantizer import Recipe, shaped_problem
 from sqjax.run import InputError
+from sqjax.search_space import Space
 from sqjax.settings import build, overridden, read_settings, to_toml
-from sqjax.studies import Space
 from sqjax.variants import shape_of, shaped_problems
 
 CONFIGS = sorted(sources.CONFIGS[0].rglob("*.toml"))

@@ -16,7 +16,8 @@ import study_worker
 
 from sqjax import study_results
 from sqjax.run import InputError
-from sqjax.studies import Outcome, Search, Space, is_finished, open_storage, open_study, records, work
+from sqjax.search_space import Search, Space
+from sqjax.studies import Outcome, is_finished, open_storage, open_study, records, work
 
 WORKER = [sys.executable, study_worker.__file__]
 
