@@ -112,9 +112,9 @@ def solve(problems: Sequence[Problem], recipe: Recipe, names: Sequence[str] = ()
     for name in names or recipe.steps:
         if name in ("nearest", "importance"):
             # These are llama.cpp's bit for bit, by programs of their own that take one matrix.
-            each = [jax.tree.map(lambda leaf: leaf[i], stacked) for i in range(len(stacked.weight_OI))]  # noqa: B023
-            parts = [STEPS[name](problem, None) for problem in each]
-            solution = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+            host = stacked if len(jax.devices()) == 1 else jax.tree.map(jnp.asarray, meshes.to_host(stacked))
+            each = [jax.tree.map(lambda leaf: leaf[i], host) for i in range(len(host.weight_OI))]  # noqa: B023
+            solution = _spread([STEPS[name](problem, None) for problem in each])
         elif name in ("search", "feedback"):
             solution = STEPS[name](stacked, solution)
         else:
@@ -125,8 +125,8 @@ def solve(problems: Sequence[Problem], recipe: Recipe, names: Sequence[str] = ()
     return [jax.tree.map(lambda leaf: leaf[index], solution) for index in range(len(problems))]  # noqa: B023
 
 
-def _spread(problems: Sequence[Problem]) -> Problem:
-    """Stacks problems; where there are several devices, each gets as many, the last of them filled up with copies."""
+def _spread(problems: Sequence[Any]) -> Any:
+    """Stacks problems or solutions; several devices get as many each, the last of them filled up with copies."""
     mesh = meshes.create()
     if mesh.size == 1:
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *problems)

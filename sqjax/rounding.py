@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sqjax import mesh as meshes
 from sqjax.objective import Problem, matmul, upper_factor
 from sqjax.q4_k import MAX_CODE, MAX_SCALE, Q4K, SUB_BLOCK, SUPER_BLOCK, dequantize, steps
 from sqjax.scales import round_to_nearest, round_with_importance, search_super_blocks
@@ -119,7 +120,12 @@ def _round_super_block(weight_OI, error_OI, strict_II, target_ON, block, s):
 
 
 def search(weight_OI: Float[Array, "*O I"], importance_OI: Float[Array, "*O I"]) -> Q4K:
-    """Searches scales on the device, so many super-blocks at a time that one program serves all shapes."""
+    """Searches scales on the device, so many super-blocks at a time that one program serves all shapes.
+
+    Matrices that are spread over several devices are searched where they are.
+    """
+    if len(weight_OI.sharding.device_set) > 1:
+        return _search_spread(weight_OI, importance_OI, mesh=weight_OI.sharding.mesh)
     shape = (*weight_OI.shape[:-1], weight_OI.shape[-1] // SUPER_BLOCK)
     blocks = [array.reshape(-1, SUPER_BLOCK) for array in (weight_OI, importance_OI)]
     count, size = blocks[0].shape[0], _SEARCHED[jax.default_backend()]
@@ -128,6 +134,22 @@ def search(weight_OI: Float[Array, "*O I"], importance_OI: Float[Array, "*O I"])
         chunk = (jnp.pad(a[start : start + size], ((0, max(0, start + size - count)), (0, 0))) for a in blocks)
         parts.append(search_super_blocks(*chunk))
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:count].reshape(*shape, *leaves[0].shape[1:]), *parts)
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _search_spread(weight_MOI, importance_MOI, mesh):
+    def on_device(weight_MOI, importance_MOI):
+        shape = (*weight_MOI.shape[:-1], weight_MOI.shape[-1] // SUPER_BLOCK)
+        blocks = [array.reshape(-1, SUPER_BLOCK) for array in (weight_MOI, importance_MOI)]
+        count = blocks[0].shape[0]
+        size = min(count, _SEARCHED[jax.default_backend()])
+        chunks = [jnp.pad(a, ((0, -count % size), (0, 0))).reshape(-1, size, SUPER_BLOCK) for a in blocks]
+        found = jax.lax.map(lambda chunk: search_super_blocks(*chunk), chunks)
+        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:count], found)
+        return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), flat)
+
+    run = meshes.over(mesh, on_device, (meshes.BY_BATCH,) * 2, lambda _: meshes.BY_BATCH)
+    return run(weight_MOI, importance_MOI)
 
 
 @jax.jit
