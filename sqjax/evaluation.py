@@ -262,13 +262,15 @@ def hidden_states(
 
 def logits_at(model: Qwen35, sequences: Sequences, places: Sequence[tuple[int, int]]) -> Float32[np.ndarray, "K V"]:
     """Returns the logits after the tokens at `places`, each a sequence's index and a position in it."""
+    mesh = meshes.create()
+    spread = meshes.place(model, mesh, meshes.rows(model, mesh))
     found: dict[tuple[int, int], np.ndarray] = {}
-    for rows, tokens_BT in _batches(sequences):
+    for rows, tokens_BT in _batches(sequences, mesh.size):
         wanted = [(sequence, position) for sequence, position in places if sequence in rows]
         if wanted:
-            hidden_BTD = _hidden(model, tokens_BT)
+            hidden_BTD = meshes.to_host(_hidden(spread, meshes.place(tokens_BT, mesh, BY_BATCH), mesh=mesh))
             found |= {place: hidden_BTD[rows.index(place[0]), place[1]] for place in wanted}
-    return np.asarray(model.logits(jnp.stack([found[place] for place in places])[None])[0])
+    return np.asarray(model.logits(jnp.asarray(np.stack([found[place] for place in places]))[None])[0])
 
 
 def collect(sequences: Sequences, results: Sequence[Sequence[np.ndarray]]) -> TokenScores:
