@@ -96,6 +96,9 @@ def rows(tree: Any, mesh: Mesh) -> Any:
         spread = axis or any(name in place for name in _TABLES)
         if not spread or "ssm_conv1d" in place or leaf.ndim < axis + 2 or leaf.shape[axis] % mesh.shape[MODEL]:
             return COPIED
+        if mesh.shape[MODEL] == 1:
+            # The same place by another name would be another program.
+            return COPIED
         return PartitionSpec(*(None,) * axis, MODEL)
 
     return jax.tree_util.tree_map_with_path(spec, tree)

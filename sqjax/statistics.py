@@ -128,6 +128,9 @@ def spread(sums: Sums, mesh: jax.sharding.Mesh) -> Sums:
     def widen(leaf, spec):
         count = mesh.shape[DATA] if spec[0] == DATA else mesh.size
         wide = jnp.zeros((count, *leaf.shape), leaf.dtype).at[0].set(leaf)
+        if mesh.size == 1:
+            # Where a batch's sums come out; the same place by another name would be another program.
+            spec = COPIED
         return jax.lax.with_sharding_constraint(wide, jax.sharding.NamedSharding(mesh, spec))
 
     return jax.tree.map(widen, sums, spread_specs(sums, mesh))

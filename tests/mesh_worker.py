@@ -49,6 +49,9 @@ def measure(checkpoint_folder: Path, file: Path, shard: int) -> dict[str, np.nda
     result |= {f"state/{path}": leaf for path, leaf in _leaves(mesh.to_host(state))}
     result |= {"loss": mesh.to_host(loss), "watched": np.float64(run.watch(state.student))}
 
+    run.update(state, *run.batch(1), jnp.float32(1.0), jnp.float32(0.0))
+    assert distillation.make_update(checkpoint.config, settings, run.mesh)._cache_size() == 1
+
     student = sources.load_model(gguf_file.read_gguf(file))
     scores = evaluation.score(model, student, np.maximum(windows(), 0), mesh=mesh.create(shard))
     result |= {"kl": scores.kl, "loss_of_file": scores.loss}
