@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow tpu lint
+.PHONY: demo test slow long tpu lint
 
 demo: $(INSTALLED)
 	$(VENV)/bin/sqjax demo
@@ -11,7 +11,10 @@ test: $(INSTALLED)
 	$(VENV)/bin/pytest -n 2 -m 'not slow'
 
 slow: $(INSTALLED)
-	$(VENV)/bin/pytest -n 2 -m 'slow and not tpu'
+	$(VENV)/bin/pytest -n 2 -m 'slow and not tpu and not long'
+
+long: $(INSTALLED)
+	$(VENV)/bin/pytest -m long
 
 # In an environment of its own: beside the package libtpu every start of JAX looks for a TPU.
 tpu: $(VENV)-tpu/.installed

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import sqjax
-from sqjax import evaluation
+from sqjax import evaluation, mesh
 from sqjax.checkpoint import load_checkpoint
 from sqjax.evaluation import Sequences, TokenScores
 from sqjax.model import Qwen35, abstract
@@ -267,5 +267,7 @@ def test_large_vocabularies_never_have_all_their_logits(checkpoint):
     model = abstract(config)
     shape = jax.ShapeDtypeStruct((32, 512, config.hidden_size), jnp.float32)
     tokens = jax.ShapeDtypeStruct((32, 512), jnp.int32)
-    compiled = evaluation._score_batch.lower(model, model, shape, shape, tokens, chunk=256).compile()
+    compiled = evaluation._score_batch.lower(
+        model, model, shape, shape, tokens, chunk=256, mesh=mesh.create()
+    ).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 10 * 256 * config.vocab_size * 4

@@ -26,6 +26,7 @@ SWEEP = [sys.executable, "-m", "sqjax.cli", "sweep", "small"]
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_that_is_killed_goes_on_and_its_winner_is_a_recipe(tmp_path):
     out, best = tmp_path / "out", tmp_path / "best.toml"
     command = [*SWEEP, "--out", str(out), "--best", str(best), "--json"]
