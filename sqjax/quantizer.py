@@ -107,9 +107,17 @@ def solve(problems: Sequence[Problem], recipe: Recipe, names: Sequence[str] = ()
       problems: matrices and their Grams as they were measured.
       names: the steps, those of the recipe unless given.
     """
-    stacked = _shaped(_spread(problems), recipe)
+    return _chained(_shaped(_spread(problems), recipe), names or recipe.steps, recipe.sweeps, len(problems))
+
+
+def solve_shaped(problems: Sequence[Problem], names: Sequence[str], sweeps: int) -> list[Q4K]:
+    """Chains steps on problems whose Grams are shaped already, as `solve` does."""
+    return _chained(_spread(problems), names, sweeps, len(problems))
+
+
+def _chained(stacked: Problem, names: Sequence[str], sweeps: int, count: int) -> list[Q4K]:
     solution = None
-    for name in names or recipe.steps:
+    for name in names:
         if name in ("nearest", "importance"):
             # These are llama.cpp's bit for bit, by programs of their own that take one matrix.
             host = stacked if len(jax.devices()) == 1 else jax.tree.map(jnp.asarray, meshes.to_host(stacked))
@@ -118,11 +126,11 @@ def solve(problems: Sequence[Problem], recipe: Recipe, names: Sequence[str] = ()
         elif name in ("search", "feedback"):
             solution = STEPS[name](stacked, solution)
         else:
-            options = {"sweeps": recipe.sweeps} if name.startswith("descend") else {}
+            options = {"sweeps": sweeps} if name.startswith("descend") else {}
             solution = jax.vmap(functools.partial(STEPS[name], **options))(stacked, solution)
     if len(jax.devices()) > 1:
         solution = jax.tree.map(jnp.asarray, meshes.to_host(solution))
-    return [jax.tree.map(lambda leaf: leaf[index], solution) for index in range(len(problems))]  # noqa: B023
+    return [jax.tree.map(lambda leaf: leaf[index], solution) for index in range(count)]  # noqa: B023
 
 
 def _spread(problems: Sequence[Any]) -> Any:

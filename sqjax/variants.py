@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from sqjax.config import ModelConfig, is_matrix
 from sqjax.objective import Problem, shape_gram, truncate_gram
 from sqjax.q4_k import Q4K, SUPER_BLOCK
-from sqjax.quantizer import Recipe, equalize, solve, table_roles
+from sqjax.quantizer import Recipe, equalize, solve_shaped, table_roles
 from sqjax.statistics import Statistics
 
 SHAPING = ("gamma_in", "gamma_out", "damping_in", "damping_out")
@@ -72,7 +72,7 @@ def quantize_variants(
                     tensors[name], statistics.input_gram(name), statistics.outputs[name], recipes
                 )
             ]
-            solutions = solve(problems, recipe.steps, recipe.sweeps)
+            solutions = solve_shaped(problems, recipe.steps, recipe.sweeps)
         else:
             solutions = _round_tables(tensors[names[0]], table_roles(names[0], config, statistics), recipes)
         for index, solution in enumerate(solutions):
@@ -113,7 +113,7 @@ def _round_tables(weight_VD, roles, recipes: Sequence[Recipe]) -> list[Q4K]:
         share_R = jnp.mean(shares_VR[rows_R], axis=0)
         gram_DD = sum(share * gram_DD / trace for share, (_, gram_DD), trace in zip(share_R, roles, traces))
         problems = shaped_problems(weight_VD[rows_R], gram_DD, None, recipes)
-        buckets.append(solve(problems, first.embedding_steps or first.steps, first.sweeps))
+        buckets.append(solve_shaped(problems, first.embedding_steps or first.steps, first.sweeps))
     join = functools.partial(jax.tree.map, lambda *leaves: jnp.concatenate(leaves)[jnp.argsort(order_V)])
     return [join(*solutions) for solutions in zip(*buckets)]
 

@@ -3,13 +3,14 @@
 import dataclasses
 import tomllib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sqjax import cli, plans, sources, sweeping
 from sqjax.objective import Problem, proxy_loss
-from sqjax.quantizer import Recipe, shaped_problem
+from sqjax.quantizer import Recipe, _shaped
 from sqjax.run import InputError
 from sqjax.search_space import Space
 from sqjax.settings import build, overridden, read_settings, to_toml
@@ -101,7 +102,8 @@ def test_problems_of_several_strengths_are_those_of_each(gamma_out):
     together = shaped_problems(weight, a.T @ a, g.T @ g, recipes)
     error = 1.01 * weight
     for recipe, problem in zip(recipes, together):
-        alone = shaped_problem(weight, a.T @ a, g.T @ g, recipe)
+        raw = jax.tree.map(lambda leaf: leaf[None], Problem(weight, a.T @ a, g.T @ g))
+        alone = jax.tree.map(lambda leaf: leaf[0], _shaped(raw, recipe))
         assert (problem.gram_out_OO is None) == (alone.gram_out_OO is None) == (gamma_out == 0.0)
         np.testing.assert_allclose(proxy_loss(problem, error), proxy_loss(alone, error), rtol=1e-4)
         for name in ("gram_in_II", "gram_out_OO") if gamma_out else ("gram_in_II",):

@@ -360,7 +360,7 @@ def test_the_start_is_a_pure_q4_k_file_of_the_model(model, tmp_path):
 
 
 def test_the_configuration_holds_the_defaults():
-    path = sources.find_config("refine")
+    path = sources.find_config("refine", "refinement")
     assert read_settings(Refinement, path) == Refinement()
     assert set(tomllib.loads(path.read_text())) == {field.name for field in dataclasses.fields(Refinement)}
 
