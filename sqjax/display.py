@@ -7,7 +7,8 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-MIB = 1 << 20
+from sqjax.run import MIB
+
 Result = dict[str, Any]
 
 

@@ -1,23 +1,16 @@
-"""The report of a comparison: tables and figures as markdown, as image files, and as one page that needs no network."""
+"""The report of a comparison: its tables and figures, and the tokens on which files disagree with the reference."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
+from sqjax import charts, drawing
+from sqjax.charts import everyone, short
+from sqjax.pages import Figured, Report, visible
+from sqjax.run import MIB
+from sqjax.tables import all_tables
 
-from sqjax import charts
-from sqjax.charts import MIB, everyone, short
-from sqjax.run import atomic_path
-from sqjax.tables import Table, all_tables
-
-_FIGURES_AFTER = {
-    "loss": ("loss-size",),
-    "divergence": ("kl-histograms",),
-    "groups": ("contributions",),
-    "spectra-table": ("spectra",),
-    "provenance": ("refinement",),
-}
+_SIZES = {"plain": "plain rounding", "pure": "files of its size", "other": "other sizes"}
 
 
 def write(
@@ -34,28 +27,33 @@ def write(
     Raises:
       InputError: the folder cannot be written, or statistics or runs cannot be read.
     """
-    out = Path(out)
     eigenvalues = charts.read_spectra(statistics) if statistics is not None else {}
+    report = Report(
+        title=f"{result['reference_facts']['name']}: files compared",
+        summary=summary(result),
+        tables=all_tables(result, eigenvalues),
+        figures=_figures(result, eigenvalues, runs),
+        conditions=conditions(result),
+    )
+    shown = {"files": everyone(result), "suites": list(result["suites"]), "short": short}
+    return report.write(Path(out), "report.html.jinja", ending=_disagreements(result), **shown)
+
+
+def _figures(
+    result: Mapping[str, Any], eigenvalues: Mapping[str, Any], runs: Sequence[str | Path]
+) -> dict[str, Figured]:
+    size = "Loss and divergence of each file against its size."
+    refinement = "KL divergence in the course of refinement; faint: of each batch."
     figures = {
-        "loss-size": (charts.loss_against_size(result), "Loss and divergence of each file against its size."),
-        "kl-histograms": (charts.histograms(result), "How the divergence is spread over tokens."),
-        "contributions": (charts.contributions(result), "What each group of tensors contributes alone."),
-        "refinement": (charts.curves(runs), "KL divergence in the course of refinement; faint: of each batch."),
-        "spectra": (charts.spectra(eigenvalues) if eigenvalues else None, "Spectra of the calibration's Grams."),
+        "loss-size": (charts.loss_against_size(result), size, "loss", _SIZES),
+        "kl-histograms": (charts.histograms(result), "How the divergence is spread over tokens.", "divergence", _SIZES),
+        "contributions": (charts.contributions(result), "What each group of tensors contributes alone.", "groups"),
+        "refinement": (charts.curves(runs), refinement, "provenance"),
+        "spectra": (charts.spectra(eigenvalues), "Spectra of the calibration's Grams.", "spectra-table"),
     }
-    figures = {
-        name: (charts.draw(figure), caption) for name, (figure, caption) in figures.items() if figure is not None
+    return {
+        name: Figured(drawing.draw(figure), *said) for name, (figure, *said) in figures.items() if figure is not None
     }
-    paths = {"markdown": str(out / "report.md"), "html": str(out / "report.html")}
-    for name, (drawn, _) in figures.items():
-        charts.save(drawn, out / name)
-        paths |= {f"{name}.{kind}": str(out / f"{name}.{kind}") for kind in ("png", "svg")}
-    tables = all_tables(result, eigenvalues)
-    with atomic_path(out / "report.md") as path:
-        path.write_text(_markdown(result, tables, figures), encoding="utf-8")
-    with atomic_path(out / "report.html") as path:
-        path.write_text(_page(result, tables, figures), encoding="utf-8")
-    return paths
 
 
 def summary(result: Mapping[str, Any]) -> str:
@@ -76,7 +74,8 @@ def summary(result: Mapping[str, Any]) -> str:
     )
 
 
-def _conditions(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+def conditions(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns under what conditions files were compared: a name and a sentence of each."""
     settings, versions = result["settings"], result["versions"]
     runtime = {"jax": "dequantized, in JAX", "both": "dequantized, in JAX; and llama.cpp"}.get(settings["runtime"])
     memory = f"{result['peak_memory_bytes'] / MIB:,.0f} MiB"
@@ -96,52 +95,17 @@ def _conditions(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _markdown(result: Mapping[str, Any], tables: Sequence[Table], figures: Mapping[str, tuple[Any, str]]) -> str:
-    parts = [f"# {result['reference_facts']['name']}: files compared\n", summary(result) + "\n"]
-    for table in tables:
-        parts.append(table.markdown())
-        for name in _FIGURES_AFTER.get(table.key, ()):
-            if name in figures:
-                parts.append(f"![{figures[name][1]}]({name}.png)\n")
-    parts.append("## Conditions\n\n" + "".join(f"* {name}: {value}\n" for name, value in _conditions(result)))
+def _disagreements(result: Mapping[str, Any]) -> str:
     found = everyone(result)
-    shown = [(name, one) for name, file in found.items() for one in file.get("disagreements", ())[:3]]
-    if shown:
-        parts.append("## Largest disagreements\n\nThree of each file; the page has more.\n")
-        parts += [_spoken(short(name), one) for name, one in shown if one["kl"] > 0]
-    return "\n".join(parts)
+    shown = [(name, one) for name, file in found.items() for one in file.get("disagreements", ())[:3] if one["kl"] > 0]
+    lines = [_spoken(short(name), one) for name, one in shown]
+    return "\n".join(["## Largest disagreements\n\nThree of each file; the page has more.\n", *lines]) if lines else ""
 
 
 def _spoken(name: str, one: Mapping[str, Any]) -> str:
-    five = lambda best: ", ".join(f"`{_visible(b['token'])}` {b['probability']:.0%}" for b in best)  # noqa: E731
-    prefix = _visible(one["prefix"][-160:]).replace("`", "'")
+    five = lambda best: ", ".join(f"`{visible(b['token'])}` {b['probability']:.0%}" for b in best)  # noqa: E731
+    prefix = visible(one["prefix"][-160:])
     return (
-        f"* {name}, {one['suite']}, KL {one['kl']:.3f}: `{prefix}` → `{_visible(one['true'])}`\n"
+        f"* {name}, {one['suite']}, KL {one['kl']:.3f}: `{prefix}` → `{visible(one['true'])}`\n"
         f"  * reference: {five(one['best_reference'])}\n  * file: {five(one['best'])}"
-    )
-
-
-def _visible(text: str) -> str:
-    return text.replace("\n", "⏎").replace("\t", "⇥").replace("`", "'") or "∅"
-
-
-def _page(result: Mapping[str, Any], tables: Sequence[Table], figures: Mapping[str, tuple[Any, str]]) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["visible"] = _visible
-    return environment.get_template("report.html.jinja").render(
-        title=f"{result['reference_facts']['name']}: files compared",
-        summary=summary(result),
-        tables=tables,
-        figures={name: (charts.inline(svg, name), caption) for name, ((_, svg), caption) in figures.items()},
-        figures_after=_FIGURES_AFTER,
-        conditions=_conditions(result),
-        files=everyone(result),
-        suites=list(result["suites"]),
-        short=short,
     )

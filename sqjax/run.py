@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+MIB = 1 << 20
 _SECONDS_BETWEEN_LINES = 15.0
 
 

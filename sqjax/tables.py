@@ -1,48 +1,14 @@
-"""Tables of a comparison, as data: what is shown, and what it is sorted by."""
+"""Tables of a comparison."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 from sqjax import charts
-from sqjax.charts import MIB, everyone, short
+from sqjax.charts import everyone, short
+from sqjax.pages import Cell, Table, half, number, with_interval
+from sqjax.run import MIB
 
 OUTSIDE = "out of domain"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What a table shows, and what it is sorted by; `share` draws a bar behind it, `is_best` sets it in bold."""
-
-    text: str
-    value: float | str = ""
-    share: float = 0.0
-    is_best: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows under columns, the first of which names the row; the others are numbers unless named in `words`."""
-
-    key: str
-    title: str
-    caption: str
-    columns: tuple[str, ...]
-    rows: list[list[Cell]]
-    words: frozenset[str] = field(default_factory=frozenset)
-
-    def markdown(self) -> str:
-        """Returns the table as GitHub shows it."""
-        lines = [["" if n == 0 else column for n, column in enumerate(self.columns)]]
-        lines += [["---:" if n and column not in self.words else "---" for n, column in enumerate(self.columns)]]
-        for row in self.rows:
-            lines.append([f"**{_plain(cell.text)}**" if cell.is_best else _plain(cell.text) for cell in row])
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        return f"## {self.title}\n\n{self.caption}\n\n{table}\n"
-
-
-def _plain(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def all_tables(result: Mapping[str, Any], eigenvalues: Mapping[str, Any] | None = None) -> list[Table]:
@@ -55,14 +21,6 @@ def all_tables(result: Mapping[str, Any], eigenvalues: Mapping[str, Any] | None 
 def _name(name: str, result: Mapping[str, Any]) -> Cell:
     made = " (made for this table)" if name == result["baseline"]["name"] and not result["baseline"]["given"] else ""
     return Cell(short(name) + made, short(name))
-
-
-def _number(value: float | None, form: str, **options: Any) -> Cell:
-    return Cell("—", float("inf")) if value is None else Cell(format(value, form), value, **options)
-
-
-def _half(interval: Sequence[float]) -> float:
-    return (interval[1] - interval[0]) / 2
 
 
 def _suite_names(result: Mapping[str, Any]) -> list[str]:
@@ -95,8 +53,8 @@ def losses(result: Mapping[str, Any]) -> Table:
     rows = [
         [
             Cell(f"{facts['name']} ({kinds}, reference)", ""),
-            *(_number(facts["bits_per_weight"], ".2f"), _number(facts["file_bytes"] / MIB, ".1f")),
-            *(_number(facts["suites"][name]["cross_entropy"], ".4f") for name in names),
+            *(number(facts["bits_per_weight"], ".2f"), number(facts["file_bytes"] / MIB, ".1f")),
+            *(number(facts["suites"][name]["cross_entropy"], ".4f") for name in names),
             *_no_outside(result),
         ]
     ]
@@ -107,9 +65,9 @@ def losses(result: Mapping[str, Any]) -> Table:
     best = {name: min(found, default=None) for name, found in fair.items()}
     for name, file in files.items():
         found = [file["suites"][suite]["cross_entropy"] for suite in names]
-        row = [_name(name, result), _number(file["bits_per_weight"], ".2f"), _number(file["file_bytes"] / MIB, ".1f")]
+        row = [_name(name, result), number(file["bits_per_weight"], ".2f"), number(file["file_bytes"] / MIB, ".1f")]
         row += [
-            _number(loss, ".4f", is_best=file in same and len(same) > 1 and loss == best[suite])
+            number(loss, ".4f", is_best=file in same and len(same) > 1 and loss == best[suite])
             for loss, suite in zip(found, names)
         ]
         rows.append([*row, *_no_outside(result)])
@@ -133,16 +91,16 @@ def divergences(result: Mapping[str, Any]) -> Table:
     for name, file in files.items():
         scored = [(file["suites"][suite]["kl"], file["suites"][suite]["tokens"]) for suite in outside]
         total = sum(tokens for _, tokens in scored)
-        apart = _number(sum(kl * tokens for kl, tokens in scored) / total, ".5f") if total else Cell("not measured")
+        apart = number(sum(kl * tokens for kl, tokens in scored) / total, ".5f") if total else Cell("not measured")
         rows.append(
             [
                 _name(name, result),
-                _number(file["kl"], ".5f", share=file["kl"] / highest),
-                _number(_half(file["kl_interval"]), ".5f"),
-                _number(file["difference_from_plain"]["ratio"], ".3f"),
-                *(_number(file[f"kl_{part}"], ".4f") for part in ("median", "p99", "p999", "max")),
-                _number(file["top1"], ".2%"),
-                _number(file["rms_probability_change"], ".2%"),
+                number(file["kl"], ".5f", share=file["kl"] / highest),
+                number(half(file["kl_interval"]), ".5f"),
+                number(file["difference_from_plain"]["ratio"], ".3f"),
+                *(number(file[f"kl_{part}"], ".4f") for part in ("median", "p99", "p999", "max")),
+                number(file["top1"], ".2%"),
+                number(file["rms_probability_change"], ".2%"),
                 apart,
             ]
         )
@@ -190,16 +148,12 @@ def divergences_by_suite(result: Mapping[str, Any]) -> Table | None:
     rows = [
         [
             _name(name, result),
-            *(_interval(file["suites"][suite]["kl"], file["suites"][suite]["kl_interval"]) for suite in names),
+            *(with_interval(file["suites"][suite]["kl"], file["suites"][suite]["kl_interval"]) for suite in names),
             *_no_outside(result),
         ]
         for name, file in everyone(result).items()
     ]
     return Table("suites-kl", "Divergence by suite", "Mean KL in nats per token ± half the interval.", columns, rows)
-
-
-def _interval(value: float, interval: Sequence[float]) -> Cell:
-    return Cell(f"{value:.5f} ± {_half(interval):.5f}", value)
 
 
 def roles(result: Mapping[str, Any]) -> Table | None:
@@ -212,8 +166,8 @@ def roles(result: Mapping[str, Any]) -> Table | None:
     rows = [
         [
             _name(name, result),
-            *(_interval(file["roles"][role]["kl"], file["roles"][role]["kl_interval"]) for role in present),
-            *(_number(file["roles"][role]["top1"], ".2%") for role in present),
+            *(with_interval(file["roles"][role]["kl"], file["roles"][role]["kl_interval"]) for role in present),
+            *(number(file["roles"][role]["top1"], ".2%") for role in present),
         ]
         for name, file in files.items()
     ]
@@ -236,11 +190,11 @@ def in_llama_cpp(result: Mapping[str, Any]) -> Table | None:
         rows.append(
             [
                 _name(name, result),
-                _interval(real["kl"], real["kl_interval"]),
-                _interval(file["kl"], file["kl_interval"]),
-                _number(real["top1"], ".2%"),
-                *(_number(real["cross_entropy"], ".4f"), _number(file["cross_entropy"], ".4f")),
-                _number(sum(s["kl"] * s["tokens"] for s in apart) / total, ".5f") if total else Cell("not measured"),
+                with_interval(real["kl"], real["kl_interval"]),
+                with_interval(file["kl"], file["kl_interval"]),
+                number(real["top1"], ".2%"),
+                *(number(real["cross_entropy"], ".4f"), number(file["cross_entropy"], ".4f")),
+                number(sum(s["kl"] * s["tokens"] for s in apart) / total, ".5f") if total else Cell("not measured"),
             ]
         )
     first = next(iter(files.values()))
@@ -262,7 +216,7 @@ def pairs(result: Mapping[str, Any]) -> Table | None:
             [
                 Cell(short(pair["first"]), short(pair["first"])),
                 Cell(short(pair["second"]), short(pair["second"])),
-                _number(pair["kl"], "+.5f"),
+                number(pair["kl"], "+.5f"),
                 Cell(f"[{low:+.5f}, {high:+.5f}]", low),
                 Cell(verdict, verdict),
             ]
@@ -278,11 +232,11 @@ def groups(result: Mapping[str, Any]) -> Table | None:
         [
             _name(name, result),
             Cell(group["group"], group["group"]),
-            _number(group["parameters"], ",d"),
-            _interval(group["kl"], group["kl_interval"]),
-            _number(group["kl"] / file["kl"] if file["kl"] else None, ".1%"),
-            _number(group["gap"], "+.4f"),
-            _number(group["top1"], ".2%"),
+            number(group["parameters"], ",d"),
+            with_interval(group["kl"], group["kl_interval"]),
+            number(group["kl"] / file["kl"] if file["kl"] else None, ".1%"),
+            number(group["gap"], "+.4f"),
+            number(group["top1"], ".2%"),
         ]
         for name, file in everyone(result).items()
         for group in file.get("groups", ())
@@ -297,10 +251,10 @@ def _spectra(eigenvalues: Mapping[str, Any]) -> Table | None:
         [
             Cell(name.split("/")[1], name.split("/")[1]),
             Cell(name.split("/")[0], name.split("/")[0]),
-            _number(len(values), "d"),
-            _number(charts.effective_rank(values), ".1f"),
-            _number(float(values[0] / values.sum()), ".1%"),
-            _number(float(values.sum()), ".3g"),
+            number(len(values), "d"),
+            number(charts.effective_rank(values), ".1f"),
+            number(float(values[0] / values.sum()), ".1%"),
+            number(float(values.sum()), ".3g"),
         ]
         for name, values in eigenvalues.items()
     ]
@@ -316,8 +270,8 @@ def suites(result: Mapping[str, Any]) -> Table:
             Cell(name, name),
             Cell(suite["source"], suite["source"]),
             Cell(suite["kind"] + (f", windows of {suite['length']}" if suite["kind"] != "conversations" else "")),
-            _number(suite["sequences"], ",d"),
-            _number(suite["tokens"], ",d"),
+            number(suite["sequences"], ",d"),
+            number(suite["tokens"], ",d"),
             Cell("yes" if suite["out_of_domain"] else "no"),
             Cell(suite["sha256"][:16], suite["sha256"]),
         ]
@@ -333,7 +287,7 @@ def provenance(result: Mapping[str, Any]) -> Table:
     rows = []
     for name, file in everyone(result).items():
         types = ", ".join(f"{count} {kind}" for kind, count in file["types"].items())
-        size = _number(file["file_bytes"], ",d")
+        size = number(file["file_bytes"], ",d")
         rows.append([_name(name, result), size, Cell(types), Cell(_made(file["provenance"])), Cell(file["sha256"])])
     columns = ("model", "bytes", "tensors", "made by", "SHA-256")
     caption = f"Reference: {result['reference_facts']['name']}, SHA-256 {result['reference_facts']['sha256']}."

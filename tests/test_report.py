@@ -11,8 +11,9 @@ import xml.etree.ElementTree
 import numpy as np
 import pytest
 
-from sqjax import charts, comparison, evaluation, publishing, report, tables
+from sqjax import charts, comparison, drawing, evaluation, publishing, report, tables
 from sqjax.evaluation import Sequences, TokenScores
+from sqjax.pages import Table
 from sqjax.run import InputError
 
 SUITES = {"chat": (40, 60, False), "slovene": (12, 50, True)}
@@ -101,7 +102,7 @@ def folder(result, tmp_path_factory):
     return out
 
 
-def texts(table: tables.Table) -> dict[str, list[str]]:
+def texts(table: Table) -> dict[str, list[str]]:
     return {row[0].text: [cell.text for cell in row[1:]] for row in table.rows}
 
 
@@ -223,7 +224,7 @@ def test_spectra_are_the_eigenvalues(tmp_path):
     found = charts.read_spectra(tmp_path)
     np.testing.assert_allclose(found[name], np.linalg.svd(factor)[1] ** 2, rtol=1e-4)
     assert charts.effective_rank(np.ones(7)) == pytest.approx(7) and charts.effective_rank(np.eye(3)[0]) == 1
-    charts.save(charts.draw(charts.spectra(found)), tmp_path / "spectra")
+    drawing.save(drawing.draw(charts.spectra(found)), tmp_path / "spectra")
     assert (tmp_path / "spectra.svg").stat().st_size > 1000
     with pytest.raises(InputError, match="no statistics"):
         charts.read_spectra(tmp_path / "missing")
