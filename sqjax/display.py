@@ -104,8 +104,8 @@ def made_table(result: Result) -> Table:
     return evaluation_table({name: result["evaluation"][key] for name, key in results.items()})
 
 
-def sweep_table(result: Result) -> Table:
-    """One row for each setting that was tried, the best first."""
+def sweep_table(result: Result) -> Group:
+    """One row for each setting that was tried, the best first, and where the report is."""
     rows = result["ranking"]
     texts, names = list(rows[0]["ratio"]), list(rows[0]["settings"])
     counts = ", ".join(f"{count} {state}" for state, count in result["trials"].items())
@@ -117,7 +117,7 @@ def sweep_table(result: Result) -> Table:
         settings = [f"{row['settings'].get(name)}" for name in names]
         spread = f"{max(row['spread']):.4f}"
         table.add_row("*" if row["on_front"] else "", *settings, *values, spread, *ratios, str(len(row["trials"])))
-    return table
+    return Group(table, f"report: {result['report']['html']}")
 
 
 def demo_table(result: Result) -> Group:

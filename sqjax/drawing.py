@@ -116,5 +116,6 @@ def inline(svg: str, name: str) -> str:
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r"url\(#", f"url(#{name}-", svg)
     svg = re.sub(r'xlink:href="#', f'xlink:href="#{name}-', svg)
+    width = re.search(r'<svg\b[^>]*? width="([\d.]+pt)"', svg).group(1)
     # The figure's caption and the tables say what it shows.
-    return svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
+    return svg.replace("<svg ", f'<svg aria-hidden="true" focusable="false" style="--width: {width}" ', 1)

@@ -6,7 +6,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,11 @@ def make(config: str | Path, model: str | Path, out: str | Path, *, settings: Se
     return result | {"evaluation": found, "seconds": time.monotonic() - start}
 
 
+def without_hub(sources: Iterable[str | Path]) -> list[str | Path]:
+    """Returns the sources of text that can be searched as a whole: all but a hub's data sets."""
+    return [source for source in sources if not isinstance(open_texts(source).files[0], str)]
+
+
 def _claim(out: Path, identity: Mapping[str, Any]) -> None:
     record, text = out / "plan.json", json.dumps(identity, indent=1, sort_keys=True)
     if not record.exists():
@@ -182,8 +187,7 @@ def _refine(plan: Plan, model: str | Path, rounded: Path, final: Path) -> None:
 
 def _evaluate(plan: Plan, model: str | Path, files: Mapping[str, Path], out: Path) -> None:
     settings = plan.evaluation
-    # Whole data sets cannot be searched for what is evaluated.
-    calibrated = [text for text in plan.calibration.text if not isinstance(open_texts(text).files[0], str)]
+    calibrated = without_hub(plan.calibration.text)
     options = {"text": settings.text, "length": settings.length, "windows": settings.windows or None}
     results = {name: evaluate(file, reference=model, calibration=calibrated, **options) for name, file in files.items()}
     ratio = results["quantized"]["kl"] / results["plain"]["kl"]

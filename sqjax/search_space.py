@@ -86,6 +86,11 @@ class Space:
         return cls(choices, ranges)
 
     @property
+    def names(self) -> list[str]:
+        """Names of what is searched."""
+        return [*self.choices, *self.ranges]
+
+    @property
     def distributions(self) -> dict[str, BaseDistribution]:
         """Optuna's view of the space."""
         return {name: CategoricalDistribution([*map(_label, values)]) for name, values in self.choices.items()} | dict(
@@ -130,7 +135,3 @@ def _range(name: str, value: Mapping[str, Any]) -> BaseDistribution:
         return kind(**value)
     except (TypeError, ValueError) as error:
         raise InputError(f"the range search.{name} is none: {error}") from error
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The database

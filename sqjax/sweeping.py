@@ -1,6 +1,6 @@
 """A sweep: a study over the settings of a plan, by workers of one host or of many, and what came of it.
 
-study -> trials, by workers -> results.jsonl, figures -> best.toml, plan.toml -> the winner's file, measured
+study -> trials, by workers -> results.jsonl, best.toml, plan.toml -> the winner's file, measured -> report
 """
 
 import contextlib
@@ -11,14 +11,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqjax import plans, studies, study_results
+from sqjax import cache, plans, studies, study_report, study_results, texts
 from sqjax.run import InputError, atomic_path
 from sqjax.search_space import Search, Space
 from sqjax.settings import build, overridden, parse_overrides, read_toml, to_toml
-from sqjax.sources import DEMO_MODEL, find_config, open_model
+from sqjax.sources import DEMO_MODEL, find_config, open_model, open_texts
 from sqjax.trials import Bench, Watch, lock, statistics_folder
 
 
@@ -96,14 +97,16 @@ def sweep(
       settings: `table.key=value` overrides of the config.
       verify: also write the winner's file, OUT/best-TRIAL/MODEL-Q4_K_M.gguf, and measure it beside plain rounding.
 
-    Returns `study`, `folder`, `trials` (counts by state), `best` (settings, values, ratio), `ranking`, `files`,
-    `verified` and `seconds`.
+    Returns `study`, `folder`, `trials` (counts by state), `best` (settings, values, ratio), `ranking`, `recipe`,
+    `files`, `report` (paths by kind), `verified`, `seconds` and what the sweep was about.
 
     Raises:
-      InputError: the config is wrong, the storage cannot be opened or holds another study, or every trial failed.
+      InputError: the config is wrong, trials would be judged by text that they are made with or that is held out, the
+        storage cannot be opened or holds another study, or every trial failed.
     """
     start = time.monotonic()
     chosen = read_sweep(config, settings, model)
+    check_watch(chosen)
     out = Path(out or Path("runs") / chosen.search.name)
     out.mkdir(parents=True, exist_ok=True)
     storage = storage or f"sqlite:///{(out / 'study.db').absolute()}"
@@ -117,14 +120,39 @@ def sweep(
         else:
             asked = {"config": str(config), "settings": list(settings), "model": chosen.model}
             _work_in_processes(asked | {"storage": storage, "out": str(out)}, count)
-    result = _conclude(chosen, study, out, best, verify)
-    return {"study": chosen.search.name} | result | {"seconds": time.monotonic() - start}
+    return _conclude(chosen, study, out, best, verify) | {"seconds": time.monotonic() - start}
 
 
 def _open(chosen: Sweep, storage: str):
     return studies.open_study(
         studies.open_storage(storage, chosen.search), chosen.search, chosen.space, chosen.identity
     )
+
+
+def check_watch(chosen: Sweep) -> None:
+    """Sees to it that trials are judged by text of its own: neither what they are made with nor what is held out.
+
+    Data sets of a hub are not searched: they have no end.
+
+    Raises:
+      InputError: a watched document is in the text of calibration, of refinement or of the evaluation.
+    """
+    plan, choices = plans.plan_of(chosen.values, "the sweep"), chosen.space.choices
+    others = {
+        "calibrated on": choices.get("calibration.text", [plan.calibration.text]),
+        "refined on": choices.get("refine.text", [plan.refine.text]),
+        "evaluated on at the end": [plan.evaluation.text],
+    }
+    if not plan.refine.is_wanted and not any(name.startswith("refine.") for name in chosen.space.names):
+        del others["refined on"]
+    watched = list(open_texts(plans.without_hub(chosen.watch.texts.values())))
+    for what, sources in others.items():
+        named = dict.fromkeys(source for chosen_together in sources for source in chosen_together)
+        if shared := texts.overlap(open_texts(plans.without_hub(named)), watched):
+            raise InputError(
+                f"{len(shared)} of {len(watched)} watched documents are {what} too, the first of {shared[0].source}; "
+                "set watch.inside and watch.outside to text of their own"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,15 +247,13 @@ def _environments(count: int) -> list[dict[str, str]]:
 
 
 def _conclude(chosen: Sweep, study, out: Path, best: str | Path | None, verify: bool) -> dict[str, Any]:
+    """Writes results, recipe, plan and report; with `verify` also the winner's file, and what it comes to."""
     records = studies.records(study, chosen.space)
     study_results.write_records(out / "results.jsonl", records)
     rows = study_results.ranking(records)
     if not rows:
         errors = [record["error"] for record in records if "error" in record]
         raise InputError(f"no trial was completed; the first error of {len(errors)}: {errors[0] if errors else 'none'}")
-    sides = {side: chosen.watch.names(side) for side in ("inside", "outside")}
-    figures = study_results.draw(records, sides, out)
-    states = [record["state"] for record in records]
     winner = rows[0]
     plan = plans.plan_of(overridden(chosen.values, winner["settings"]), "the winner")
     recipe = _recipe_text(chosen, plan, winner)
@@ -236,19 +262,62 @@ def _conclude(chosen: Sweep, study, out: Path, best: str | Path | None, verify: 
             temporary.write_text(recipe, encoding="utf-8")
     with atomic_path(out / "plan.toml") as temporary:
         temporary.write_text(to_toml(dataclasses.asdict(plan)), encoding="utf-8")
+    states = [record["state"] for record in records]
+    trials = {state: states.count(state) for state in dict.fromkeys(states)}
     result = {
+        "study": chosen.search.name,
         "folder": str(out),
-        "trials": {state: states.count(state) for state in dict.fromkeys(states)},
-        "objectives": list(chosen.search.objectives),
+        "trials": trials,
         "best": winner,
         "ranking": rows,
-        "files": [str(file) for file in (out / "results.jsonl", out / "best.toml", out / "plan.toml", *figures)],
+        "recipe": recipe,
     }
+    result |= _about(chosen, plan)
+    # A large model's file takes long: what is known is told before.
+    result = _told(result, records, out)
     if verify:
         result["verified"] = _verify(chosen, plan, out, out / f"best-{winner['trials'][0]}")
+        record = next(record for record in records if record["trial"] == winner["trials"][0])
+        record["evaluation"] = _by_heldout_text(result["verified"]["evaluation"], result["heldout"][0])
+        study_results.write_records(out / "results.jsonl", records)
+        result = _told(result, records, out)
+    return result
+
+
+def _about(chosen: Sweep, plan: plans.Plan) -> dict[str, Any]:
+    """What a reader must know of a sweep beside its results; texts by their names, wherever they lie."""
+    watch, search = chosen.watch, chosen.search
+    calibration = dataclasses.asdict(plan.calibration) | {"seed": plan.seed}
+    return {
+        "model": Path(chosen.model).name,
+        "objectives": list(search.objectives),
+        "sampler": search.sampler,
+        "sampler_seed": search.seed,
+        "sides": {side: watch.names(side) for side in ("inside", "outside")},
+        "watched": {name: Path(text).name for name, text in watch.texts.items()},
+        "windows": watch.windows,
+        "calibration": calibration | {"text": [Path(text).name for text in plan.calibration.text]},
+        "heldout": [Path(text).name for text in plan.evaluation.text],
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": cache.versions(),
+    }
+
+
+def _told(result: dict[str, Any], records: Sequence[study_results.Record], out: Path) -> dict[str, Any]:
+    """Writes the report and sweep.json, from which it can be written again; returns the result with their paths."""
+    paths = study_report.write(result, records, out)
+    files = [*(str(out / name) for name in ("results.jsonl", "best.toml", "plan.toml")), *paths.values()]
+    result = result | {"report": paths, "files": files}
     with atomic_path(out / "sweep.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
     return result
+
+
+def _by_heldout_text(evaluation: Mapping[str, Any], name: str) -> dict[str, dict[str, float]]:
+    """What the winner's file came to on each held-out text, as `kl` and `ratio` of a trial are on the watched ones."""
+    ours, plain = (evaluation[file].get("domains") or {name: evaluation[file]} for file in ("quantized", "plain"))
+    kl = {text: part["kl"] for text, part in ours.items()}
+    return {"kl": kl, "ratio": {text: kl[text] / plain[text]["kl"] for text in kl}}
 
 
 def _verify(chosen: Sweep, plan: plans.Plan, out: Path, folder: Path) -> dict[str, Any]:

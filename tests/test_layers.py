@@ -32,6 +32,8 @@ pages
 charts
 tables
 measuring report study_results
+study_charts
+study_report
 making scoring
 contributions ggml
 comparison
@@ -67,5 +69,14 @@ def test_imports_go_downward():
 
 def test_the_report_needs_no_jax():
     for path in MODULES:
-        if path.stem in ("drawing", "pages", "charts", "tables", "report", "study_results", "study_report"):
+        if path.stem in (
+            "drawing",
+            "pages",
+            "charts",
+            "tables",
+            "report",
+            "study_results",
+            "study_charts",
+            "study_report",
+        ):
             assert not {"jax", "flax"} & {name.split(".")[0] for name in imported(path)}

@@ -238,9 +238,7 @@ def test_seeds_are_averaged_and_a_lucky_one_wins_nothing(tmp_path):
     assert ranked[0]["settings"] == {"recipe.gamma_in": 0.5, "recipe.gamma_out": 0.0}
     assert ranked[0]["values"] == pytest.approx([0.7, 0.9]) and ranked[0]["spread"] == pytest.approx([0.1, 0.0])
     assert [row["on_front"] for row in ranked] == [True, True, False, False] and ranked[3]["trials"] == [4]
-    files = study_results.draw(rows, {"inside": ["c4"], "outside": ["slovene"]}, tmp_path)
-    assert [file.name for file in files] == ["strength.png", "strength.svg", "pareto.png", "pareto.svg"]
-    assert files[0].read_bytes()[:4] == b"\x89PNG" and b"<svg" in files[1].read_bytes()[:600]
+    assert study_results.ranking([*rows, rows[4] | {"trial": 7, "same_as": 4}]) == ranked
     study_results.write_records(tmp_path / "results.jsonl", [*rows, {"trial": 9, "values": [float("nan")]}])
     back = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert back[:7] == rows and back[7]["values"] == [None]

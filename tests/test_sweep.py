@@ -11,7 +11,7 @@ import pytest
 import random_checkpoint
 
 import sqjax
-from sqjax import sources
+from sqjax import sources, sweeping
 from sqjax.calibration import collect
 from sqjax.checkpoint import load_checkpoint
 from sqjax.making import read_recipe
@@ -19,6 +19,7 @@ from sqjax.model import Qwen35
 from sqjax.objective import Problem, proxy_loss
 from sqjax.q4_k import Q4K, dequantize
 from sqjax.quantizer import Recipe, quantize
+from sqjax.run import InputError
 from sqjax.statistics import means
 from sqjax.variants import quantize_variants
 
@@ -49,6 +50,9 @@ def test_a_sweep_that_is_killed_goes_on_and_its_winner_is_a_recipe(tmp_path):
     # Statistics are measured once a seed and shared, also by the run that was killed.
     assert len(list(out.glob("statistics/*/statistics.json"))) == 2 and first.stat().st_mtime_ns == made
 
+    assert set(result["report"]) == {"markdown", "html", "strength.png", "strength.svg", "pareto.png", "pareto.svg"}
+    assert set(rows[0]["ratio"]) == {"convergence60", "demo"} and set(rows[0]["evaluation"]["ratio"]) == {"heldout120"}
+
     strength = result["best"]["settings"]["recipe.gamma_in"]
     assert isinstance(read_recipe(best), Recipe) and read_recipe(best).gamma_in == strength
     verified = result["verified"]
@@ -58,6 +62,20 @@ def test_a_sweep_that_is_killed_goes_on_and_its_winner_is_a_recipe(tmp_path):
     statistics = str(first.parent)
     made = sqjax.quantize(sources.DEMO_MODEL, tmp_path / "best.gguf", recipe=best, statistics=statistics)
     assert made["sha256"] == verified["sha256"]
+
+
+@pytest.mark.parametrize(
+    "settings, what",
+    [
+        (['watch.inside=["calib360"]'], "calibrated on"),
+        (['watch.outside=["heldout120"]'], "evaluated on"),
+        (['refine.text=["convergence60"]', "refine.tokens=1000"], "refined on"),
+    ],
+)
+def test_trials_are_judged_by_text_of_their_own(settings, what):
+    sweeping.check_watch(sweeping.read_sweep("shaping"))
+    with pytest.raises(InputError, match=what):
+        sweeping.check_watch(sweeping.read_sweep("shaping", settings))
 
 
 @pytest.mark.slow
