@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
 
-from sqjax.drawing import INK, MUTED, OTHER, PLAIN, PURE, label_points, styled
+from sqjax.drawing import INK, MUTED, OTHER, PLAIN, PURE, elided, label_points, plain_log, styled
 from sqjax.run import MIB, InputError
 
 
@@ -35,12 +35,17 @@ def short(name: str) -> str:
     return re.sub(r"\.gguf$", "", name)
 
 
-def _distinct(names: list[str]) -> list[str]:
-    """Names without the parts, between dots, that all of them begin with."""
+def _distinct(names: Sequence[str], reference: str) -> list[str]:
+    """Names as figures have room for them: without the reference's name, and without what all of them begin with."""
+    names = [re.sub(rf"^{re.escape(reference)}[-._]+(?=.)", "", short(name)) for name in names]
     parts = [name.split(".") for name in names]
     while len(parts) > 1 and all(len(part) > 1 and part[0] == parts[0][0] for part in parts):
         parts = [part[1:] for part in parts]
-    return [".".join(part) for part in parts]
+    return [elided(".".join(part)) for part in parts]
+
+
+def _titles(files: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
+    return _distinct(list(files), result["reference_facts"]["name"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -55,18 +60,19 @@ def loss_against_size(result: Mapping[str, Any]) -> Figure:
     files, reference = everyone(result), result["reference_facts"]
     sizes = [file["file_bytes"] / MIB for file in files.values()]
     colours = [colour_of(name, result) for name in files]
-    names = _distinct([short(name) for name in files])
+    names = _titles(files, result)
     losses = [file["cross_entropy"] for file in files.values()]
     left.axhline(reference["cross_entropy"], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     left.scatter(sizes, losses, c=colours, s=34, zorder=3)
     kinds = "/".join(kind for kind in reference["types"] if kind != "F32") or "F32"
-    dashed = f"dashed: {reference['name']}, {kinds}, {reference['file_bytes'] / MIB:,.1f} MiB"
-    left.set(title=f"Loss against size ({dashed})", xlabel="file, MiB", ylabel="cross-entropy, nats per token")
+    dashed = f"Dashed: the reference, {reference['name']}, {kinds}, {reference['file_bytes'] / MIB:,.1f} MiB"
+    figure.supxlabel(dashed, x=0.01, ha="left", fontsize=8, color=MUTED)
+    left.set(title="Loss against size", xlabel="file, MiB", ylabel="cross-entropy, nats per token")
     shown = [(n, s, file["kl"], file["kl_interval"], c) for n, s, file, c in zip(names, sizes, files.values(), colours)]
     shown = [point for point in shown if point[2] > 0]
     right.set(title="KL divergence from the reference against size", xlabel="file, MiB", ylabel="nats per token")
     if shown:
-        right.set_yscale("log")
+        plain_log(right.set_yscale, right.yaxis)
         right.scatter([p[1] for p in shown], [p[2] for p in shown], c=[p[4] for p in shown], s=34, zorder=3)
         for _, size, _, interval, colour in shown:
             right.plot([size, size], interval, color=colour, linewidth=1.4, zorder=2)
@@ -93,11 +99,11 @@ def histograms(result: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(11.5, 0.6 + 1.75 * rows))
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     plain = _shares(result["baseline"])
-    for axes, (name, file) in zip(grid, files.items()):
+    for axes, (name, file), title in zip(grid, files.items(), _titles(files, result)):
         axes.fill_between(centres, _shares(file), step="mid", color=colour_of(name, result), alpha=0.55, linewidth=0)
         axes.step(centres, plain, where="mid", color=PLAIN, linewidth=1)
         axes.axvline(file["kl"], color=INK, linewidth=1, linestyle=(0, (3, 2)))
-        axes.set_title(short(name), fontsize=8.5)
+        axes.set_title(title, fontsize=8.5)
         axes.set_xscale("log")
         axes.grid(visible=False, axis="y")
         axes.set_yticks([])
@@ -122,7 +128,7 @@ def contributions(result: Mapping[str, Any]) -> Figure | None:
     if not files:
         return None
     first = next(iter(files.values()))["groups"]
-    return _map(files) if first[0]["group"].endswith(".weight") else _bars(files, result)
+    return _map(files, result) if first[0]["group"].endswith(".weight") else _bars(files, result)
 
 
 def _bars(files: Mapping[str, Any], result: Mapping[str, Any]) -> Figure:
@@ -131,7 +137,7 @@ def _bars(files: Mapping[str, Any], result: Mapping[str, Any]) -> Figure:
     rows = -(-len(files) // columns)
     figure = Figure(figsize=(11.5, rows * (0.8 + 0.24 * len(groups))))
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    for axes, (name, file) in zip(grid, files.items()):
+    for axes, (name, file), title in zip(grid, files.items(), _titles(files, result)):
         found = {group["group"]: group for group in file["groups"]}
         rows_y = [groups.index(group) for group in found]
         axes.barh(rows_y, [group["kl"] for group in found.values()], color=colour_of(name, result), height=0.62)
@@ -139,7 +145,7 @@ def _bars(files: Mapping[str, Any], result: Mapping[str, Any]) -> Figure:
             axes.plot(group["kl_interval"], [y, y], color=INK, linewidth=1)
         axes.set_yticks(range(len(groups)), groups)
         axes.grid(visible=False, axis="y")
-        axes.set_title(short(name), fontsize=8.5)
+        axes.set_title(title, fontsize=8.5)
     grid[0].invert_yaxis()
     for axes in grid[len(files) :]:
         axes.set_visible(False)
@@ -147,7 +153,7 @@ def _bars(files: Mapping[str, Any], result: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _map(files: Mapping[str, Any]) -> Figure:
+def _map(files: Mapping[str, Any], result: Mapping[str, Any]) -> Figure:
     cells = {
         name: {group["group"]: group["kl"] for group in file["groups"] if group["group"].startswith("blk.")}
         for name, file in files.items()
@@ -159,14 +165,14 @@ def _map(files: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(11.5, rows * (1.0 + 0.2 * len(attributes))))
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     highest = max(max(found.values()) for found in cells.values())
-    for axes, (name, found) in zip(grid, cells.items()):
+    for axes, found, title in zip(grid, cells.values(), _titles(files, result)):
         values = np.full((len(attributes), layers), np.nan)
         for tensor, kl in found.items():
             _, layer, attribute, *_ = tensor.split(".")
             values[attributes.index(attribute), int(layer)] = kl
         image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=highest)
         axes.set_yticks(range(len(attributes)), attributes, fontsize=7)
-        axes.set_title(short(name), fontsize=8.5)
+        axes.set_title(title, fontsize=8.5)
         axes.grid(visible=False)
     for axes in grid[len(cells) :]:
         axes.set_visible(False)
@@ -194,7 +200,7 @@ def curves(runs: Sequence[str | Path]) -> Figure | None:
         axes.plot(*zip(*steps), color=colour, alpha=0.35, linewidth=1)
         if watched:
             axes.plot(*zip(*watched), "o-", color=colour, markersize=4, label=f"{Path(run).name}, watched text")
-    axes.set_yscale("log")
+    plain_log(axes.set_yscale, axes.yaxis)
     axes.set(title="Refinement", xlabel="update", ylabel="KL divergence, nats per token")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, labelcolor=INK)

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from sqjax.run import atomic_path
 
@@ -52,6 +54,19 @@ def styled(make: Callable[..., Figure]) -> Callable[..., Figure]:
             return make(*arguments, **options)
 
     return run
+
+
+def elided(name: str, most: int = 34) -> str:
+    """Returns a name without its middle where it is longer than figures have room for."""
+    return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most // 2) :]}"
+
+
+def plain_log(set_scale: Callable[[str], None], axis: Axis) -> None:
+    """Makes an axis logarithmic, with numbers such as 0.02 for labels: over less than a decade powers tell nothing."""
+    set_scale("log")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def label_points(axes: Axes, points: Sequence[tuple[str, float, float, str]]) -> None:

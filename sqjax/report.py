@@ -61,7 +61,8 @@ def summary(result: Mapping[str, Any]) -> str:
     plain, files = result["baseline"], everyone(result)
     tokens = sum(suite["tokens"] for suite in result["suites"].values())
     texts = "one suite" if len(result["suites"]) == 1 else f"{len(result['suites'])} suites"
-    first = f"{len(files)} files against {result['reference_facts']['name']} on {tokens:,} tokens of {texts}"
+    given = "1 file" if len(result["files"]) == 1 else f"{len(result['files'])} files"
+    first = f"{given} against {result['reference_facts']['name']} on {tokens:,} tokens of {texts}"
     same = {name: file for name, file in files.items() if file["tensor_bytes"] == plain["tensor_bytes"]}
     name, best = next(iter(same.items()))
     if name == plain["name"]:

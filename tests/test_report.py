@@ -118,8 +118,9 @@ def test_the_release_table_has_the_losses_and_marks_the_best_of_the_size(result)
 
 def test_recovery_above_one_is_never_shown_as_quality(result):
     rows = texts(tables.recoveries(result))
-    assert rows["too far"][0] == "fits the data" and "plain" not in rows
-    assert re.fullmatch(r"\d+\.\d% \[-?\d+%, \d+%\]", rows["spectral"][0])
+    assert rows["too far"][1] == "fits the data" and rows["plain"][1] == "plain rounding"
+    assert re.fullmatch(r"\d+\.\d% \[-?\d+%, \d+%\]", rows["spectral"][1])
+    assert rows["spectral"][0].startswith(f"{result['files']['spectral.gguf']['gap']:+.4f} ± ")
 
 
 def test_every_table_of_figures_says_how_it_is_out_of_domain(result):
