@@ -160,9 +160,11 @@ def publish(
     out: Path = Path("runs/release"),
     other: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE.gguf")] = (),
     text: Text = (),
+    c4: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None,
     out_of_domain: Text = (),
     length: int = 512,
     windows: int | None = None,
+    runtime: Literal["jax", "llama.cpp", "both"] = "jax",
     calibration: Text = (),
     licence: str | None = None,
     upload: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
@@ -177,10 +179,12 @@ def publish(
         reference: the model that the file was made from
         out: folder for what is, or would be, uploaded
         other: a file to compare with, may be given several times
-        text: a suite, as of compare
+        text: a suite, as of compare; convergence60, heldout120 and, where it can be had, c4-64x256 unless given
+        c4: C4 validation text for the suite c4-64x256; from the hub unless given
         out_of_domain: a suite unlike the calibration text, as of compare
         length: tokens of a window
         windows: score the first so many of each suite; all unless given
+        runtime: where models are run
         calibration: text that the file was made with; refused where it is evaluated too
         licence: for the card; what the file states unless given
         upload: create the repository and upload
@@ -196,9 +200,11 @@ def publish(
         out=out,
         others=other,
         text=text or None,
+        c4=c4,
         out_of_domain=out_of_domain,
         length=length,
         windows=windows,
+        runtime=runtime,
         calibration=calibration,
         licence=licence,
         upload=upload,

@@ -19,10 +19,10 @@ from sqjax.scoring import Scored, Scorer, Student, Suite
 from sqjax.sources import SUITES, DType, Sources, open_texts, usage
 from sqjax.texts import fingerprints
 
-DEFAULT_SUITES = ("heldout120", "convergence60")
+DEFAULT_SUITES = ("convergence60", "heldout120")
 # Prose, where the suites are conversations: unlike the calibration as far as the package can tell.
 DEFAULT_OUT_OF_DOMAIN = (SUITES / "demo.txt",)
-_HUB_SUITES = {"c4-64x256": "allenai/c4:en:validation"}
+C4_SUITE, C4_SOURCE = "c4-64x256", "allenai/c4:en:validation"
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
 # A name that ends in a number of windows and their length says how its text is cut.
 _SHAPED = re.compile(r"[\w.-]*-(\d+)x(\d+)")
@@ -152,8 +152,8 @@ def _named(spec: str) -> tuple[str, str]:
     """A suite's name and its source: what is said before `=`, else the stem of a file or the name of a data set."""
     if (match := _NAMED.fullmatch(spec)) and not Path(spec).exists():
         return match.group(1), match.group(2)
-    if spec in _HUB_SUITES and not Path(spec).exists():
-        return spec, _HUB_SUITES[spec]
+    if spec == C4_SUITE and not Path(spec).exists():
+        return C4_SUITE, C4_SOURCE
     path = Path(spec)
     if path.exists():
         return re.sub(r"(\.(txt|jsonl))?(\.gz)?$", "", path.resolve().name), spec

@@ -39,13 +39,13 @@ def files_table(result: Result) -> Group:
     return Group(*(file_table(file) for file in result["files"].values()))
 
 
-def release_table(result: Result) -> Table:
+def release_table(result: Result) -> Group:
     """Shows what a release holds, and whether it was uploaded."""
-    done = f"uploaded: {result['url']}" if result["uploaded"] else "dry run: nothing was uploaded; --upload does it"
-    table = _new_table(f"{result['repository']} ({done})", "", "bytes")
+    table = _new_table(result["repository"], "", "bytes")
     for name, size in result["files"].items():
         table.add_row(name, f"{size:,}")
-    return table
+    done = f"uploaded: {result['url']}" if result["uploaded"] else "nothing was uploaded; --upload does it"
+    return Group(table, f"folder: {result['folder']}", f"card: {Path(result['folder']) / 'README.md'}", done)
 
 
 def record_table(result: Result) -> Table:

@@ -147,7 +147,8 @@ def quantize(
     written = {name: jax.tree.map(np.asarray, tensor) for name, tensor in tensors.items()}
     made = {"recipe": Path(recipe).stem, "settings": dataclasses.asdict(chosen), "calibration": about, "seed": seed}
     if meshes.is_first():
-        gguf_file.write_gguf(out, checkpoint, written, file_type="q4_k", provenance={"model": checkpoint.name} | made)
+        story = {"model": checkpoint.name} | made | usage() | {"seconds": time.monotonic() - start}
+        gguf_file.write_gguf(out, checkpoint, written, file_type="q4_k", provenance=story)
     meshes.wait_for_all("written")
     return {"file": str(out)} | file_facts(out) | made | usage() | {"seconds": time.monotonic() - start}
 
@@ -201,7 +202,10 @@ def refine(
     with progress("refining") as report:
         tensors, position = distillation.distill(loop, folder, resume=resume, progress=report)
     if meshes.is_first():
-        gguf_file.write_gguf(out, begin, tensors, file_type="q4_k", provenance=made | dataclasses.asdict(position))
+        # A refined file was calibrated too: its story goes on where that of its start ends.
+        story = made | dataclasses.asdict(position) | {"start": gguf_file.inspect(file)["provenance"]}
+        story |= usage() | {"seconds": time.monotonic() - start}
+        gguf_file.write_gguf(out, begin, tensors, file_type="q4_k", provenance=story)
     meshes.wait_for_all("written")
     result = {"file": str(out)} | file_facts(out) | made | dataclasses.asdict(position)
     result |= usage() | {"seconds": time.monotonic() - start}

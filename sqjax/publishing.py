@@ -2,15 +2,18 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 
 from sqjax import comparison, gguf_file, report, tables
-from sqjax.run import InputError, atomic_path
-from sqjax.sources import Sources
+from sqjax.comparison import C4_SOURCE, C4_SUITE
+from sqjax.measuring import Runtime
+from sqjax.run import MIB, InputError, atomic_path
+from sqjax.sources import Sources, open_texts
 
 _CARD = "card.md.jinja"
 
@@ -23,9 +26,11 @@ def publish(
     out: str | Path,
     others: Sequence[str | Path] = (),
     text: Sources | None = None,
+    c4: str | Path | None = None,
     out_of_domain: Sources = (),
     length: int = 512,
     windows: int | None = None,
+    runtime: Runtime | Literal["both"] = "jax",
     calibration: Sequence[str | Path] = (),
     licence: str | None = None,
     upload: bool = False,
@@ -39,44 +44,83 @@ def publish(
       repository: `owner/name` on the hub.
       out: folder for what is, or would be, uploaded.
       others: files to compare with.
-      text, out_of_domain, length, windows, calibration: as of `compare`.
+      text: suites as of `compare`; convergence60, heldout120 and, where it can be had, c4-64x256 unless given.
+      c4: C4 validation text for c4-64x256; from the hub unless given.
+      out_of_domain, length, windows, runtime, calibration: as of `compare`.
       licence: for the card; that which the file states unless given.
       upload: create the repository and upload; else only the folder is written.
       private: whether a new repository is private.
 
     Returns:
-      `folder`, `repository`, `uploaded`, `url` (of the commit, or None) and `files`: path in the repository -> bytes.
+      `folder`, `repository`, `uploaded`, `url` (of the commit, or None), `left_out` (suites that could not be had) and
+      `files`: path in the repository -> bytes.
 
     Raises:
-      InputError: one of them cannot be read, or the hub refuses.
+      InputError: one of them cannot be read, there is no token to upload with, or the hub refuses.
     """
+    # An hour of scoring must not end with a missing token.
+    hub = _hub() if upload else None
     out = Path(out)
+    suites, left_out = _suites(text, c4)
     result = comparison.compare(
         [file, *others],
         reference=reference,
-        text=text,
-        out_of_domain=out_of_domain,
+        text=suites,
+        out_of_domain=out_of_domain or (comparison.DEFAULT_OUT_OF_DOMAIN if text is None else ()),
         out=out / "report",
         length=length,
         windows=windows,
+        runtime=runtime,
         calibration=calibration,
     )
-    for chart in ("loss-size.png", "kl-histograms.png"):
-        shutil.copy(out / "report" / chart, out / chart)
-    with atomic_path(out / Path(file).name) as path:
-        shutil.copyfile(file, path)
+    charts = [Path(result["report"][f"{chart}.png"]) for chart in ("loss-size", "kl-histograms")]
+    # How the file came about lies beside it.
+    story = [] if _facts(result, file)["provenance"] is None else [Path(f"{file}.json")]
+    copies = {source: out / source.name for source in (Path(file), *story, *charts)}
+    for source, target in copies.items():
+        with atomic_path(target) as path:
+            shutil.copyfile(source, path)
     with atomic_path(out / "README.md") as path:
-        path.write_text(card(result, Path(file), reference, repository, licence), encoding="utf-8")
-    contents = {str(path.relative_to(out)): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
-    url = _upload(out, repository, list(contents), private) if upload else None
-    return {"folder": str(out), "repository": repository, "uploaded": upload, "url": url, "files": contents}
+        path.write_text(card(result, Path(file), reference, repository, licence, left_out), encoding="utf-8")
+    # What another release left in the folder is not sent.
+    written = sorted([out / "README.md", *copies.values(), *map(Path, result["report"].values())])
+    contents = {str(path.relative_to(out)): path.stat().st_size for path in written}
+    url = _upload(hub, out, repository, list(contents), private) if hub else None
+    release = {"folder": str(out), "repository": repository, "uploaded": upload, "url": url}
+    return release | {"left_out": left_out, "files": contents}
+
+
+def _facts(result: Mapping[str, Any], file: str | Path) -> dict[str, Any]:
+    """What a comparison says of a file, and the `name` under which it says it."""
+    name = next(name for name, facts in result["files"].items() if facts["file"] == str(file))
+    return {"name": name} | result["files"][name]
+
+
+def _suites(text: Sources | None, c4: str | Path | None) -> tuple[list[str | Path], list[str]]:
+    """The suites of a release, and those of them that cannot be had here."""
+    suites = [text] if isinstance(text, str | Path) else list(comparison.DEFAULT_SUITES if text is None else text)
+    if c4 is not None:
+        return [*suites, f"{C4_SUITE}={c4}"], []
+    if text is not None:
+        return suites, []
+    try:
+        next(iter(open_texts(C4_SOURCE)))
+    except InputError as error:
+        print(f"{C4_SUITE} is left out: {error}; --c4 takes its text from a file", file=sys.stderr, flush=True)
+        return suites, [C4_SUITE]
+    return [*suites, C4_SUITE], []
 
 
 def card(
-    result: Mapping[str, Any], file: Path, reference: str | Path, repository: str, licence: str | None = None
+    result: Mapping[str, Any],
+    file: Path,
+    reference: str | Path,
+    repository: str,
+    licence: str | None = None,
+    left_out: Sequence[str] = (),
 ) -> str:
     """Returns the model card of one of a comparison's files: README.md with the front matter that a hub reads."""
-    facts = result["files"][file.name]
+    facts = _facts(result, file)
     metadata = gguf_file.inspect(file)["metadata"]
     base = str(reference) if not Path(reference).exists() else None
     stated = [metadata.get(key) for key in ("general.base_model.0.repo_url", "general.source.huggingface.repository")]
@@ -86,6 +130,15 @@ def card(
         undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters["yaml"] = lambda value: json.dumps(value, ensure_ascii=False)  # a JSON string is a YAML one
+    shown = [
+        tables.losses,
+        tables.recoveries,
+        tables.divergences,
+        tables.in_llama_cpp,
+        tables.suites,
+        tables.provenance,
+    ]
+    kinds = [kind for kind in facts["types"] if kind != "F32"]
     return environment.get_template(_CARD).render(
         name=result["reference_facts"]["name"],
         file=file.name,
@@ -94,42 +147,39 @@ def card(
         licence=licence or metadata.get("general.license"),
         languages=metadata.get("general.languages") or [],
         facts=facts,
-        mib=facts["file_bytes"] / (1 << 20),
-        summary=report.summary(result),
-        tables=[
-            tables.losses(result),
-            tables.recoveries(result),
-            tables.divergences(result),
-            tables.provenance(result),
-        ],
+        kind="Q4_K_M" if kinds == ["Q4_K"] else "/".join(kinds) or "F32",
+        mib=facts["file_bytes"] / MIB,
+        scored=report.scored(result),
+        kept=report.kept(result, facts["name"]),
+        tables=[table for make in shown if (table := make(result))],
         suites=result["suites"],
+        left_out=left_out,
         disjoint=result["disjoint_from_calibration"],
-        made=_provenance(facts),
+        conditions=report.conditions(result),
+        runtime=result["settings"]["runtime"],
+        steps=tables.steps(facts["provenance"]),
     )
 
 
-def _provenance(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Recipe, calibration text, its tokens and their hash, as far as the file's provenance states them."""
-    found = facts["provenance"] or {}
-    calibration = found.get("calibration") or found
-    text = calibration.get("text") or []
-    return {
-        "recipe": found.get("recipe") or ("refine" if "start_sha256" in found else None),
-        "text": [text] if isinstance(text, str) else list(text),
-        "tokens": calibration.get("tokens"),
-        "sha256": calibration.get("windows_sha256"),
-        "seed": found.get("seed"),
-        "trains_vectors": bool((found.get("settings") or {}).get("train_vectors")),
-        "equalizes": bool((found.get("settings") or {}).get("equalize")),
-    }
+def _hub() -> Any:
+    """The hub's client, with a token.
 
-
-def _upload(folder: Path, repository: str, names: list[str], private: bool) -> str:
+    Raises:
+      InputError: the client is not installed, or has no token.
+    """
     try:
         import huggingface_hub
     except ImportError as error:
         raise InputError("uploading needs the hub's client; pip install 'sqjax[hub]'") from error
-    hub = huggingface_hub.HfApi()
+    if not huggingface_hub.get_token():
+        raise InputError(
+            "uploading needs a token that may write; make one at https://huggingface.co/settings/tokens, then run "
+            "`hf auth login` or set HF_TOKEN"
+        )
+    return huggingface_hub.HfApi()
+
+
+def _upload(hub: Any, folder: Path, repository: str, names: list[str], private: bool) -> str:
     try:
         hub.create_repo(repository, private=private, exist_ok=True, repo_type="model")
         commit = hub.upload_folder(

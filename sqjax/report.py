@@ -6,7 +6,7 @@ from typing import Any
 
 from sqjax import charts, drawing
 from sqjax.charts import everyone, short
-from sqjax.pages import Figured, Report, visible
+from sqjax.pages import Figured, Report, half, visible
 from sqjax.run import MIB
 from sqjax.tables import all_tables
 
@@ -58,21 +58,35 @@ def _figures(
 
 def summary(result: Mapping[str, Any]) -> str:
     """Returns two sentences: what was compared, and what came of the files of plain rounding's size."""
-    plain, files = result["baseline"], everyone(result)
-    tokens = sum(suite["tokens"] for suite in result["suites"].values())
-    texts = "one suite" if len(result["suites"]) == 1 else f"{len(result['suites'])} suites"
-    given = "1 file" if len(result["files"]) == 1 else f"{len(result['files'])} files"
-    first = f"{given} against {result['reference_facts']['name']} on {tokens:,} tokens of {texts}"
-    same = {name: file for name, file in files.items() if file["tensor_bytes"] == plain["tensor_bytes"]}
+    plain = result["baseline"]
+    same = {name: file for name, file in everyone(result).items() if file["tensor_bytes"] == plain["tensor_bytes"]}
     name, best = next(iter(same.items()))
     if name == plain["name"]:
-        return f"{first}. Of those of plain rounding's size none is closer to the reference than plain rounding."
-    change = best["difference_from_plain"]
-    sure = "" if change["kl_interval"][1] < 0 else ", a difference within its interval"
-    return (
-        f"{first}. At plain rounding's size, {best['bits_per_weight']:.2f} bits per weight, {short(name)} is closest: "
-        f"KL {best['kl']:.4f}, {change['ratio']:.0%} of plain rounding's {plain['kl']:.4f} nats per token{sure}."
-    )
+        said = "Of those of plain rounding's size none is closer to the reference than plain rounding"
+    else:
+        bits = f"{best['bits_per_weight']:.2f} bits per weight"
+        said = f"At plain rounding's size, {bits}, {short(name)} is closest: {kept(result, name)}"
+    given = "1 file" if len(result["files"]) == 1 else f"{len(result['files'])} files"
+    return f"{given} against {scored(result)}. {said}."
+
+
+def scored(result: Mapping[str, Any]) -> str:
+    """Returns the reference and how much text files were compared on."""
+    tokens = sum(suite["tokens"] for suite in result["suites"].values())
+    texts = "one suite" if len(result["suites"]) == 1 else f"{len(result['suites'])} suites"
+    return f"{result['reference_facts']['name']} on {tokens:,} tokens of {texts}"
+
+
+def kept(result: Mapping[str, Any], name: str) -> str:
+    """Returns the divergence of a file, beside that of plain rounding unless that is none or the file itself."""
+    plain, file = result["baseline"], everyone(result)[name]
+    change = file["difference_from_plain"]
+    said = f"KL {file['kl']:.4f} ± {half(file['kl_interval']):.4f} nats per token"
+    if name == plain["name"] or change["ratio"] is None:
+        return said
+    low, high = change["kl_interval"]
+    unsure = ", a difference within its interval" if low <= 0 <= high else ""
+    return f"{said}, {change['ratio']:.0%} of plain rounding's {plain['kl']:.4f}{unsure}"
 
 
 def conditions(result: Mapping[str, Any]) -> list[tuple[str, str]]:

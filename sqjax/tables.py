@@ -295,13 +295,35 @@ def provenance(result: Mapping[str, Any]) -> Table:
 
 
 def _made(provenance: Mapping[str, Any] | None) -> str:
+    parts = []
+    for step in steps(provenance):
+        parts.append(step["recipe"])
+        if step["tokens"]:
+            parts.append(f"{step['tokens']:,} tokens of {', '.join(step['text'])}")
+        if step["sha256"]:
+            parts.append(f"tokens' SHA-256 {step['sha256'][:16]}")
+        if step["seed"] is not None:
+            parts.append(f"seed {step['seed']}")
+    return ", ".join(parts) or "not stated"
+
+
+def steps(provenance: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Returns how a file came about, first step first, as far as its provenance states it.
+
+    Each has `recipe`; `text`, `tokens` and their `sha256`, what it was calibrated or refined on; `seed`; `watch`, the
+    text that chose the best state; whether vectors of F32 `changed`; `seconds` and `device`.
+    """
     if not provenance:
-        return "not stated"
-    calibration = provenance.get("calibration") or provenance
-    parts = [str(provenance.get("recipe", "refine" if "start_sha256" in provenance else "sqjax"))]
-    if calibration.get("tokens"):
-        text = calibration.get("text") or []
-        parts.append(f"{calibration['tokens']:,} tokens of {', '.join([text] if isinstance(text, str) else text)}")
-    if calibration.get("windows_sha256"):
-        parts.append(f"tokens' SHA-256 {calibration['windows_sha256'][:16]}")
-    return ", ".join([*parts, f"seed {provenance['seed']}"] if "seed" in provenance else parts)
+        return []
+    settings, calibration = provenance.get("settings") or {}, provenance.get("calibration") or provenance
+    text, is_refined = calibration.get("text") or [], "start_sha256" in provenance
+    step = {
+        "recipe": str(provenance.get("recipe", "refine" if is_refined else "sqjax")),
+        "text": [text] if isinstance(text, str) else list(text),
+        "tokens": calibration.get("tokens"),
+        "sha256": calibration.get("windows_sha256"),
+        "watch": settings.get("watch") if is_refined else None,
+        "changed": bool(settings.get("train_vectors") or settings.get("equalize")),
+    }
+    step |= {key: provenance.get(key) for key in ("seed", "seconds", "device", "peak_memory_bytes")}
+    return [*steps(provenance.get("start")), step]

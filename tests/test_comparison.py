@@ -12,7 +12,7 @@ import pytest
 from gguf import GGMLQuantizationType
 
 import sqjax
-from sqjax import cache, cli, comparison, contributions
+from sqjax import cache, cli, comparison, contributions, publishing
 from sqjax.checkpoint import load_checkpoint
 from sqjax.config import is_matrix
 from sqjax.gguf_file import read_gguf, write_gguf
@@ -201,6 +201,14 @@ def write_matrix(path, mean):
     writer.close()
 
 
+def test_a_release_has_its_own_suites_and_says_which_it_lacks(monkeypatch, capsys):
+    assert publishing._suites("a.txt", None) == (["a.txt"], [])
+    assert publishing._suites(None, "c4.jsonl") == (["convergence60", "heldout120", "c4-64x256=c4.jsonl"], [])
+    monkeypatch.setattr(publishing, "C4_SOURCE", "/missing.jsonl")
+    assert publishing._suites(None, None) == (["convergence60", "heldout120"], ["c4-64x256"])
+    assert "--c4 takes its text from a file" in capsys.readouterr().err
+
+
 def test_a_release_is_a_folder_until_it_is_uploaded(files, tmp_path, monkeypatch, capsys):
     sent = {}
 
@@ -212,7 +220,9 @@ def test_a_release_is_a_folder_until_it_is_uploaded(files, tmp_path, monkeypatch
             sent.update(options)
             return "https://hub/commit"
 
-    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(HfApi=Hub))
+    tokens = []
+    client = types.SimpleNamespace(HfApi=Hub, get_token=lambda: next(iter(tokens), None))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", client)
     options = ["--reference", str(MODEL), "--text", str(TEXT), "--length", "128", "--windows", "3"]
     command = ["publish", str(files / "plain.gguf"), "me/model-GGUF", *options, "--out", str(tmp_path / "release")]
     assert cli.main([*command, "--json"]) == 0
@@ -222,5 +232,11 @@ def test_a_release_is_a_folder_until_it_is_uploaded(files, tmp_path, monkeypatch
     assert (tmp_path / "release/plain.gguf").read_bytes() == (files / "plain.gguf").read_bytes()
     card = (tmp_path / "release/README.md").read_text(encoding="utf-8")
     assert card.startswith("---\n") and sha256(files / "plain.gguf") in card and "does not state" in card
+    assert "- q4_k_m\n" in card and "Bootstrap seed: 0" in card and "Peak memory" in card
+    # What lies there of another release is not sent, and a missing token is told before anything is scored.
+    (tmp_path / "release/other.gguf").touch()
+    assert cli.main([*command, "--upload"]) == 1
+    assert "hf auth login" in capsys.readouterr().err and not sent
+    tokens.append("secret")
     assert cli.main([*command, "--upload"]) == 0
     assert sent["repo_id"] == "me/model-GGUF" and set(sent["allow_patterns"]) == release["files"].keys()

@@ -1,5 +1,6 @@
 """The report of a made-up comparison: what its tables say, and what a browser makes of its page."""
 
+import copy
 import json
 import pathlib
 import re
@@ -216,7 +217,8 @@ def test_runs_without_metrics_are_named(result, tmp_path):
         report.write(result, tmp_path, runs=[tmp_path / "missing"])
 
 
-def test_the_card_has_front_matter_and_the_files_facts(result, tmp_path, monkeypatch):
+def test_the_card_has_front_matter_and_the_files_facts(result, monkeypatch):
+    result = copy.deepcopy(result)
     file = pathlib.Path("spectral.gguf")
     stated = {"general.license": "apache-2.0", "general.languages": ["en", 'a "b"']}
     monkeypatch.setattr(publishing.gguf_file, "inspect", lambda path: {"metadata": stated})
@@ -227,3 +229,17 @@ def test_the_card_has_front_matter_and_the_files_facts(result, tmp_path, monkeyp
     assert fields["base_model_relation"] == "quantized" and '- "a \\"b\\""' in front
     assert result["files"]["spectral.gguf"]["sha256"] in body and "llama-server -hf me/model-GGUF" in body
     assert "llama-cli -m spectral.gguf" in body and "| spectral |" in body
+    assert "% of plain rounding's" in body.split("## Quick start")[0] and "In llama.cpp" in body
+    calibrated = {"recipe": "spectral", "calibration": {"text": ["pool.jsonl"], "tokens": 9000, "windows_sha256": "a1"}}
+    refined = {"start_sha256": "b2", "start": calibrated, "text": ["pool.jsonl"], "tokens": 12_000, "seed": 3}
+    refined |= {"settings": {"watch": "convergence60"}, "seconds": 60.0, "device": "gpu", "peak_memory_bytes": 1 << 30}
+    result["files"]["spectral.gguf"]["provenance"] = refined
+    made = publishing.card(result, file, "Qwen/Qwen3.5-0.8B", "me/model-GGUF").split("## How it was made")[1].split("## Limits")[0]
+    first, second = (line for line in made.splitlines() if line.startswith("* "))
+    assert "`spectral` of sqjax on 9,000 tokens of pool.jsonl (SHA256 of the tokens: a1)" in first
+    assert "12,000 tokens" in second and "by convergence60; 60 seconds on gpu, peak memory 1,024 MiB" in second
+    row = texts(tables.provenance(result))["spectral"]
+    assert (
+        row[2]
+        == "spectral, 9,000 tokens of pool.jsonl, tokens' SHA-256 a1, refine, 12,000 tokens of pool.jsonl, seed 3"
+    )
