@@ -80,11 +80,8 @@ def compare(
         students, facts = _open_files(scorer, files)
         table = _Table(scorer, suites, students, facts, reference, seed)
         entries = table.entries(kind)
-        for name, student in table.students.items():
-            entries[name]["disagreements"] = contributions.disagreements(
-                scorer, student, suites, table.scores[kind][name], kind, disagreements
-            )
-            entries[name]["groups"] = contributions.groups(scorer, student, suites, groups, seed)
+        for name, entry in entries.items():
+            entry |= table.details(name, kind, groups, disagreements)
         if runtime == "both":
             for name, entry in table.entries("llama.cpp").items():
                 entries[name]["llama.cpp"] = entry
@@ -183,7 +180,15 @@ def _open_files(scorer: Scorer, files: Sequence[str | Path]) -> tuple[list[Stude
 class _Table:
     """All scores, and what is said of them."""
 
-    def __init__(self, scorer: Scorer, suites, students, facts, reference, seed: int):
+    def __init__(
+        self,
+        scorer: Scorer,
+        suites: Sequence[Suite],
+        students: Sequence[Student],
+        facts: dict[str, dict[str, Any]],
+        reference: str | Path,
+        seed: int,
+    ):
         self.scorer, self.suites, self.seed, self.facts = scorer, suites, seed, facts
         self.given = [student.name for student in students]
         self.students = {student.name: student for student in students}
@@ -221,6 +226,13 @@ class _Table:
     def _summary(self, scores: TokenScores, sequences: Sequences) -> dict[str, Any]:
         summary = evaluation.summarize(scores, sequences, seed=self.seed)
         return summary | {"histogram": evaluation.histogram(scores.kl)}
+
+    def details(self, name: str, kind: Runtime, groups: contributions.Grouping, count: int) -> dict[str, Any]:
+        """What groups of a file's tensors contribute alone, and its `count` largest disagreements."""
+        student, scored = self.students[name], self.scores[kind][name]
+        found = contributions.disagreements(self.scorer, student, self.suites, scored, kind, count)
+        apart = contributions.groups(self.scorer, student, self.suites, groups, self.seed)
+        return {"disagreements": found, "groups": apart}
 
     def _joined(self, name: str, kind: Runtime) -> tuple[TokenScores, Sequences]:
         scored = self.scores[kind][name]

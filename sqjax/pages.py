@@ -1,5 +1,6 @@
 """What every report is made of: tables, figures and conditions, as markdown and as one page that needs no network."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,15 +98,7 @@ class Report:
 
     def page(self, template: str, **more: Any) -> str:
         """Returns one HTML page that loads nothing, by a template of this package that may ask for more."""
-        environment = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(Path(__file__).parent),
-            autoescape=True,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            undefined=jinja2.StrictUndefined,
-        )
-        environment.filters["visible"] = visible
-        return environment.get_template(template).render(report=self, below=self._below, inline=drawing.inline, **more)
+        return render(template, is_html=True, report=self, below=self._below, inline=drawing.inline, **more)
 
     def _below(self, key: str) -> dict[str, Figured]:
         return {name: one for name, one in self.figures.items() if one.below == key}
@@ -130,3 +123,19 @@ class Report:
 def visible(text: str) -> str:
     """Returns text whose line ends and tabs are seen, and that a code span can hold."""
     return text.replace("\n", "⏎").replace("\t", "⇥").replace("`", "'") or "∅"
+
+
+def render(template: str, *, is_html: bool, **values: Any) -> str:
+    """Fills in a template of this package, in HTML with what is special there escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=is_html,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["visible"] = visible
+    # A JSON string is a YAML one.
+    environment.filters["yaml"] = lambda value: json.dumps(value, ensure_ascii=False)
+    return environment.get_template(template).render(**values)

@@ -1,21 +1,17 @@
 """A release: the file with its model card and report in a folder, and from there to a hub repository."""
 
-import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
-
 from sqjax import comparison, gguf_file, report, tables
 from sqjax.comparison import C4_SOURCE, C4_SUITE
 from sqjax.measuring import Runtime
+from sqjax.pages import render
 from sqjax.run import MIB, InputError, atomic_path
 from sqjax.sources import Sources, open_texts
-
-_CARD = "card.md.jinja"
 
 
 def publish(
@@ -73,21 +69,25 @@ def publish(
         runtime=runtime,
         calibration=calibration,
     )
-    charts = [Path(result["report"][f"{chart}.png"]) for chart in ("loss-size", "kl-histograms")]
-    # How the file came about lies beside it.
-    story = [] if _facts(result, file)["provenance"] is None else [Path(f"{file}.json")]
-    copies = {source: out / source.name for source in (Path(file), *story, *charts)}
-    for source, target in copies.items():
-        with atomic_path(target) as path:
-            shutil.copyfile(source, path)
-    with atomic_path(out / "README.md") as path:
-        path.write_text(card(result, Path(file), reference, repository, licence, left_out), encoding="utf-8")
-    # What another release left in the folder is not sent.
-    written = sorted([out / "README.md", *copies.values(), *map(Path, result["report"].values())])
+    written = _write(result, Path(file), card(result, Path(file), reference, repository, licence, left_out), out)
     contents = {str(path.relative_to(out)): path.stat().st_size for path in written}
     url = _upload(hub, out, repository, list(contents), private) if hub else None
     release = {"folder": str(out), "repository": repository, "uploaded": upload, "url": url}
     return release | {"left_out": left_out, "files": contents}
+
+
+def _write(result: Mapping[str, Any], file: Path, card: str, out: Path) -> list[Path]:
+    """Puts a file, how it came about, charts and card beside the report; returns all that a release is made of."""
+    charts = [Path(result["report"][f"{chart}.png"]) for chart in ("loss-size", "kl-histograms")]
+    story = [] if _facts(result, file)["provenance"] is None else [file.with_name(f"{file.name}.json")]
+    copies = {source: out / source.name for source in (file, *story, *charts)}
+    for source, target in copies.items():
+        with atomic_path(target) as path:
+            shutil.copyfile(source, path)
+    with atomic_path(out / "README.md") as path:
+        path.write_text(card, encoding="utf-8")
+    # What another release left in the folder is none of this one's.
+    return sorted([out / "README.md", *copies.values(), *map(Path, result["report"].values())])
 
 
 def _facts(result: Mapping[str, Any], file: str | Path) -> dict[str, Any]:
@@ -125,11 +125,6 @@ def card(
     base = str(reference) if not Path(reference).exists() else None
     stated = [metadata.get(key) for key in ("general.base_model.0.repo_url", "general.source.huggingface.repository")]
     base = base or next((str(url).removeprefix("https://huggingface.co/") for url in stated if url), None)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
-    )  # fmt: skip
-    environment.filters["yaml"] = lambda value: json.dumps(value, ensure_ascii=False)  # a JSON string is a YAML one
     shown = [
         tables.losses,
         tables.recoveries,
@@ -139,7 +134,9 @@ def card(
         tables.provenance,
     ]
     kinds = [kind for kind in facts["types"] if kind != "F32"]
-    return environment.get_template(_CARD).render(
+    return render(
+        "card.md.jinja",
+        is_html=False,
         name=result["reference_facts"]["name"],
         file=file.name,
         repository=repository,

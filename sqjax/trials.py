@@ -51,15 +51,24 @@ class Watch:
     length: int = 512
     windows: int = 0
 
+    def __post_init__(self):
+        distinct = {*filter(None, (self.first,)), *self.inside, *self.outside}
+        if len(self.texts) < len(distinct):
+            raise InputError(f"of the watched texts {', '.join(sorted(distinct))} two have one name; rename one")
+
     @property
     def texts(self) -> dict[str, str]:
         """Every text by its name, the first one first."""
         texts = filter(None, (self.first, *self.inside, *self.outside))
-        return {Path(text).name.split(".")[0]: text for text in texts}
+        return {_name_of(text): text for text in texts}
 
     def names(self, side: str) -> list[str]:
         """Names of the texts of a side, `inside` or `outside`."""
-        return [Path(text).name.split(".")[0] for text in getattr(self, side)]
+        return [_name_of(text) for text in getattr(self, side)]
+
+
+def _name_of(text: str) -> str:
+    return Path(text).name.split(".")[0]
 
 
 @contextlib.contextmanager

@@ -234,7 +234,11 @@ def test_the_card_has_front_matter_and_the_files_facts(result, monkeypatch):
     refined = {"start_sha256": "b2", "start": calibrated, "text": ["pool.jsonl"], "tokens": 12_000, "seed": 3}
     refined |= {"settings": {"watch": "convergence60"}, "seconds": 60.0, "device": "gpu", "peak_memory_bytes": 1 << 30}
     result["files"]["spectral.gguf"]["provenance"] = refined
-    made = publishing.card(result, file, "Qwen/Qwen3.5-0.8B", "me/model-GGUF").split("## How it was made")[1].split("## Limits")[0]
+    made = (
+        publishing.card(result, file, "Qwen/Qwen3.5-0.8B", "me/model-GGUF")
+        .split("## How it was made")[1]
+        .split("## Limits")[0]
+    )
     first, second = (line for line in made.splitlines() if line.startswith("* "))
     assert "`spectral` of sqjax on 9,000 tokens of pool.jsonl (SHA256 of the tokens: a1)" in first
     assert "12,000 tokens" in second and "by convergence60; 60 seconds on gpu, peak memory 1,024 MiB" in second
