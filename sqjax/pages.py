@@ -11,6 +11,8 @@ import jinja2
 from sqjax import drawing
 from sqjax.run import atomic_path
 
+_LINE = 120  # characters
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -32,6 +34,12 @@ class Table:
     columns: tuple[str, ...]
     rows: list[list[Cell]]
     words: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether its longest cells would not stand beside each other in the page's usual type."""
+        cells = zip(*([cell.text for cell in row] for row in self.rows))
+        return sum(max(map(len, (name, *column))) + 3 for name, column in zip(self.columns, cells)) > _LINE
 
     def markdown(self) -> str:
         """Returns the table as GitHub shows it."""

@@ -97,10 +97,14 @@ def conditions(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     if result.get("peak_device_memory_bytes"):
         memory += f", of the device {result['peak_device_memory_bytes'] / MIB:,.0f} MiB"
     disjoint = result["disjoint_from_calibration"]
+    windows = "all" if settings["windows"] is None else f"the first {settings['windows']} of each suite"
+    # A suite's name may say how many windows it has.
+    others = {name: suite["windows"] for name, suite in result["suites"].items()}
+    windows += "".join(f", {n} of {name}" for name, n in others.items() if n != settings["windows"])
     return [
         ("Date", result["date"]),
         ("Models ran", f"{runtime or 'in llama.cpp'}, matrices in {settings['dtype']}"),
-        ("Windows", "all" if settings["windows"] is None else f"the first {settings['windows']} of each suite"),
+        ("Windows", windows),
         ("Bootstrap seed", str(settings["seed"])),
         ("Disjoint from the calibration text", "checked" if disjoint else "not checked: no calibration text was given"),
         ("Device", result["device"]),

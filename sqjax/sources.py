@@ -104,7 +104,8 @@ def usage() -> dict[str, Any]:
     statistics = device.memory_stats() or {}
     unit = 1 if sys.platform == "darwin" else 1024
     return {
-        "device": f"{device.platform} {device.device_kind}".strip(),
+        # The kind of a processor is "cpu" too.
+        "device": " ".join(dict.fromkeys((device.platform, device.device_kind))),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
         "peak_device_memory_bytes": statistics.get("peak_bytes_in_use"),
     }

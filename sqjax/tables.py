@@ -123,8 +123,8 @@ def recoveries(result: Mapping[str, Any]) -> Table:
         rows.append([_name(name, result), gap, *map(_recovered, found), *_no_outside(result)])
     caption = (
         "Gap: cross-entropy minus the reference's, over all suites, in nats per token. Recovery: (plain - file) / "
-        "(plain - reference) of the cross-entropy, with its 95% interval. Where plain rounding's gap is not larger "
-        "than its own interval nothing is stated; above 100% the loss fell because the model moved towards the text, "
+        "(plain - reference) of the cross-entropy, with its 95% interval. It is not stated where plain rounding's gap "
+        "is not larger than its own interval; above 100% the loss fell because the model moved towards the text, "
         "which is no quality."
     )
     return Table("recovery", "Gap recovery", caption, _with_outside(result, columns), rows)
@@ -132,7 +132,8 @@ def recoveries(result: Mapping[str, Any]) -> Table:
 
 def _recovered(recovery: Mapping[str, Any]) -> Cell:
     if recovery["value"] is None:
-        return Cell(recovery["label"], float("inf"))
+        is_plain = recovery["label"] == "plain rounding"
+        return Cell("plain rounding" if is_plain else "not stated", float("inf"))
     if recovery["label"] == "fits the data":
         return Cell("fits the data", recovery["value"])
     low, high = recovery["interval"]

@@ -144,6 +144,13 @@ def test_files_are_there_and_figures_are_images(folder):
     assert json.loads((folder / "comparison.json").read_text())["reference"] == "model"
 
 
+def test_conditions_say_how_many_windows_each_suite_has(result):
+    suites = {"c4-64x256": {"windows": 64}, "chat": {"windows": 12}}
+    few = result | {"settings": result["settings"] | {"windows": 12}, "suites": suites}
+    assert dict(report.conditions(few))["Windows"] == "the first 12 of each suite, 64 of c4-64x256"
+    assert dict(report.conditions(result))["Windows"] == "all"
+
+
 def test_the_page_loads_nothing_and_speaks_to_everyone(folder):
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "<script>alert" not in page
