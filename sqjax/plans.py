@@ -187,9 +187,9 @@ def _refine(plan: Plan, model: str | Path, rounded: Path, final: Path) -> None:
 
 def _evaluate(plan: Plan, model: str | Path, files: Mapping[str, Path], out: Path) -> None:
     settings = plan.evaluation
-    calibrated = without_hub(plan.calibration.text)
+    made_with = without_hub([*plan.calibration.text, *(plan.refine.text if plan.refine.is_wanted else ())])
     options = {"text": settings.text, "length": settings.length, "windows": settings.windows or None}
-    results = {name: evaluate(file, reference=model, calibration=calibrated, **options) for name, file in files.items()}
+    results = {name: evaluate(file, reference=model, calibration=made_with, **options) for name, file in files.items()}
     ratio = results["quantized"]["kl"] / results["plain"]["kl"]
     with atomic_path(out) as path:
         path.write_text(json.dumps(results | {"ratio": ratio, "settings": dataclasses.asdict(settings)}, indent=1))

@@ -244,7 +244,10 @@ def _conditions(study: Study, records: Sequence[Record]) -> list[tuple[str, str]
         ("Calibrated on", text),
         ("Seeds of the calibration", ", ".join(map(str, seeds)) or str(calibration["seed"])),
         ("Judged by", f"{windows} of each text, dequantized, in JAX"),
-        ("Disjoint", "watched text was looked for in that of the calibration and in what is held out: none"),
+        (
+            "Disjoint",
+            "no document is in two of the texts of calibration, watching and the end; a hub's data sets aside",
+        ),
         ("Device", ", ".join(devices) or "not stated"),
         ("Seconds", f"{seconds:,.0f} of rounding and judging, of all workers together"),
         ("Versions", ", ".join(f"{name} {version}" for name, version in study["versions"].items())),

@@ -15,6 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sqjax import cache, plans, studies, study_report, study_results, texts
 from sqjax.run import InputError, atomic_path
 from sqjax.search_space import Search, Space
@@ -101,12 +103,12 @@ def sweep(
     `files`, `report` (paths by kind), `verified`, `seconds` and what the sweep was about.
 
     Raises:
-      InputError: the config is wrong, trials would be judged by text that they are made with or that is held out, the
-        storage cannot be opened or holds another study, or every trial failed.
+      InputError: the config is wrong, one of its texts is in another one, the storage cannot be opened or holds another
+        study, or every trial failed.
     """
     start = time.monotonic()
     chosen = read_sweep(config, settings, model)
-    check_watch(chosen)
+    check_texts(chosen)
     out = Path(out or Path("runs") / chosen.search.name)
     out.mkdir(parents=True, exist_ok=True)
     storage = storage or f"sqlite:///{(out / 'study.db').absolute()}"
@@ -129,30 +131,34 @@ def _open(chosen: Sweep, storage: str):
     )
 
 
-def check_watch(chosen: Sweep) -> None:
-    """Sees to it that trials are judged by text of its own: neither what they are made with nor what is held out.
+def check_texts(chosen: Sweep) -> None:
+    """Sees to it that what trials are made with, what they are judged by, and what is held out are different texts.
 
     Data sets of a hub are not searched: they have no end.
 
     Raises:
-      InputError: a watched document is in the text of calibration, of refinement or of the evaluation.
+      InputError: a watched or a held-out document is in another text.
     """
     plan, choices = plans.plan_of(chosen.values, "the sweep"), chosen.space.choices
-    others = {
-        "calibrated on": choices.get("calibration.text", [plan.calibration.text]),
-        "refined on": choices.get("refine.text", [plan.refine.text]),
-        "evaluated on at the end": [plan.evaluation.text],
-    }
-    if not plan.refine.is_wanted and not any(name.startswith("refine.") for name in chosen.space.names):
-        del others["refined on"]
+    made_with = {"calibrated on": choices.get("calibration.text", [plan.calibration.text])}
+    if plan.refine.is_wanted or any(name.startswith("refine.") for name in chosen.space.names):
+        made_with["refined on"] = choices.get("refine.text", [plan.refine.text])
     watched = list(open_texts(plans.without_hub(chosen.watch.texts.values())))
-    for what, sources in others.items():
+    heldout = list(open_texts(plans.without_hub(plan.evaluation.text)))
+    _refuse_shared(texts.fingerprints(heldout), "evaluated on at the end", watched, "watched")
+    for what, sources in made_with.items():
         named = dict.fromkeys(source for chosen_together in sources for source in chosen_together)
-        if shared := texts.overlap(open_texts(plans.without_hub(named)), watched):
-            raise InputError(
-                f"{len(shared)} of {len(watched)} watched documents are {what} too, the first of {shared[0].source}; "
-                "set watch.inside and watch.outside to text of their own"
-            )
+        known = texts.fingerprints(open_texts(plans.without_hub(named)))
+        _refuse_shared(known, what, watched, "watched")
+        _refuse_shared(known, what, heldout, "held-out")
+
+
+def _refuse_shared(known: np.ndarray, what: str, documents: Sequence[texts.Document], of_what: str) -> None:
+    if shared := texts.overlap(known, documents):
+        raise InputError(
+            f"{len(shared)} of {len(documents)} {of_what} documents are {what} too, the first of {shared[0].source}; "
+            "give the tables calibration, refine, watch and evaluation texts of their own"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -333,7 +333,9 @@ def test_the_command_writes_a_better_file_of_the_same_size(model, q4_k, text, tm
     assert out.stat().st_size == q4_k.stat().st_size and result["types"] == sqjax.inspect(q4_k)["types"]
     before, after = (sqjax.evaluate(f, reference=model, text=text, length=32, windows=16)["kl"] for f in (q4_k, out))
     assert after < before
-    assert json.loads((tmp_path / "out.gguf.json").read_text())["start_sha256"] == sqjax.inspect(q4_k)["sha256"]
+    story, start = json.loads((tmp_path / "out.gguf.json").read_text()), sqjax.inspect(q4_k)
+    assert story["start_sha256"] == start["sha256"] and story["start"] == start["provenance"]
+    assert story["seconds"] > 0 and story["device"]
     assert sqjax.refine(model, q4_k, out, resume=True, **options)["sha256"] == result["sha256"]
     with pytest.raises(sqjax.InputError, match="another model, text or setting"):
         sqjax.refine(model, q4_k, out, resume=True, **(options | {"tokens": 2000}))

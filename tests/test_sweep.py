@@ -70,13 +70,14 @@ def test_a_sweep_that_is_killed_goes_on_and_its_winner_is_a_recipe(tmp_path):
         (['watch.inside=["calib360"]'], "calibrated on"),
         (['watch.outside=["heldout120"]'], "evaluated on"),
         (['refine.text=["convergence60"]', "refine.tokens=1000"], "refined on"),
+        (['calibration.text=["heldout120"]'], "held-out documents are calibrated on"),
         (['watch.inside=["a/chat.jsonl"]', 'watch.outside=["b/chat.jsonl"]'], "two have one name"),
     ],
 )
 def test_trials_are_judged_by_text_of_their_own(settings, what):
-    sweeping.check_watch(sweeping.read_sweep("shaping"))
+    sweeping.check_texts(sweeping.read_sweep("shaping"))
     with pytest.raises(InputError, match=what):
-        sweeping.check_watch(sweeping.read_sweep("shaping", settings))
+        sweeping.check_texts(sweeping.read_sweep("shaping", settings))
 
 
 @pytest.mark.slow
