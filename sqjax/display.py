@@ -114,7 +114,8 @@ def sweep_table(result: Result) -> Group:
     for row in rows:
         values = [f"{value:.4f}" for value in row["values"]]
         ratios = [f"{row['ratio'][text]:.4f}" for text in texts]
-        settings = [f"{row['settings'].get(name)}" for name in names]
+        values_of = [row["settings"][name] for name in names]
+        settings = [f"{value:g}" if isinstance(value, float) else str(value) for value in values_of]
         spread = f"{max(row['spread']):.4f}"
         table.add_row("*" if row["on_front"] else "", *settings, *values, spread, *ratios, str(len(row["trials"])))
     return Group(table, f"report: {result['report']['html']}")

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sqjax.drawing import INK, LINES, MUTED, PURE, label_points, styled
-from sqjax.study_results import Record, dominates, short_names
+from sqjax.study_results import Record, dominates, short_names, shown
 
 _MEANINGS = {
     "gamma_in": "gamma_in, shaping strength of input Grams",
@@ -128,4 +128,4 @@ def front(rows: Sequence[Record], sides: Mapping[str, Sequence[str]]) -> Figure 
 
 
 def _named(row: Record, names: Mapping[str, str]) -> str:
-    return ", ".join(f"{names[name]} {value}" for name, value in row["settings"].items())
+    return ", ".join(f"{names[name]} {shown(value)}" for name, value in row["settings"].items())

@@ -7,7 +7,7 @@ from typing import Any
 from sqjax import drawing, study_charts
 from sqjax.pages import Cell, Figured, Report, Table, half, number, with_interval
 from sqjax.run import MIB
-from sqjax.study_results import Record, short_names
+from sqjax.study_results import Record, short_names, shown
 
 Study = Mapping[str, Any]
 
@@ -44,7 +44,7 @@ def summary(study: Study) -> str:
     trials = f"{sum(study['trials'].values())} trials"
     tried = f"{len(rows)} settings in {trials}" if len(rows) > 1 else f"One setting in {trials}"
     names = short_names(rows)
-    settings = ", ".join(f"{names[name]} {value}" for name, value in best["settings"].items())
+    settings = ", ".join(f"{names[name]} {shown(value)}" for name, value in best["settings"].items())
     sides = [f"{best_of:.3f} {side} ({', '.join(study['sides'][side])})" for side, best_of in _by_side(best, study)]
     said = f"{tried}. Best{f' over {seeds} seeds' if seeds > 1 else ''}: {settings}, with KL {' and '.join(sides)}"
     said += " of plain rounding's."
@@ -72,7 +72,7 @@ def _measured(study: Study) -> Mapping[str, Any] | None:
 def _winner(study: Study) -> list[tuple[str, str]]:
     best = study["best"]
     names = short_names(study["ranking"])
-    said = [(names[name], str(value)) for name, value in best["settings"].items()]
+    said = [(names[name], shown(value)) for name, value in best["settings"].items()]
     for objective, value, spread in zip(study["objectives"], best["values"], best["spread"]):
         over = f" ± {spread:.4f} over seeds" if len(best["trials"]) > 1 else ", one seed"
         said.append((f"KL over plain rounding's, {objective}", f"{value:.4f}{over}"))
@@ -133,7 +133,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _setting(value: Any) -> Cell:
-    return number(value, "g") if _is_number(value) else Cell(str(value))
+    return Cell(shown(value), value if _is_number(value) else "")
 
 
 def _heldout(study: Study) -> Table | None:
@@ -148,13 +148,13 @@ def _heldout(study: Study) -> Table | None:
             Cell(name, name),
             number(one["tokens"], ",d"),
             with_interval(one["kl"], one["kl_interval"]),
-            with_interval(other["kl"], other["kl_interval"]),
+            number(other["kl"], ".5f"),
             number(one["kl"] / other["kl"] if other["kl"] else None, ".3f"),
             *(number(one[f"kl_{part}"], ".4f") for part in ("median", "p99", "p999", "max")),
             number(one["top1"], ".2%"),
             number(one["rms_probability_change"], ".2%"),
             Cell(f"{one['gap']:+.4f} ± {half(one['gap_interval']):.4f}", one["gap"]),
-            Cell(f"{other['gap']:+.4f} ± {half(other['gap_interval']):.4f}", other["gap"]),
+            number(other["gap"], "+.4f"),
         ]
         for name, (one, other) in texts.items()
     ]

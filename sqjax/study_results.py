@@ -61,6 +61,11 @@ def short_names(rows: Sequence[Record]) -> dict[str, str]:
     return {name: end if last.count(end) == 1 else name for name, end in zip(names, last)}
 
 
+def shown(value: Any) -> str:
+    """Returns a setting as a reader wants it: a drawn number to six digits."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def write_records(path: Path, records: Sequence[Record]) -> None:
     """Writes one line of JSON a trial."""
     with atomic_path(path) as temporary:

@@ -67,7 +67,7 @@ def folder(study, tmp_path):
 
 def test_the_summary_names_the_winner_and_what_it_keeps_of_unseen_text(study):
     said = study_report.summary(study)
-    assert "12 settings in 25 trials" in said and "over 2 seeds: gamma_in 0.75, gamma_out 1.0" in said
+    assert "12 settings in 25 trials" in said and "over 2 seeds: gamma_in 0.75, gamma_out 1" in said
     assert "inside (chat, code)" in said and "KL 0.0300 nats per token, 0.500 of plain" in said
     assert "unseen" not in study_report.summary(study | {"verified": None})
 
