@@ -27,6 +27,7 @@ def publish(
     length: int = 512,
     windows: int | None = None,
     calibration: Sequence[str | Path] = (),
+    allow_overlap: bool = False,
     licence: str | None = None,
     upload: bool = False,
     private: bool = False,
@@ -39,7 +40,7 @@ def publish(
       repository: `owner/name` on the hub.
       out: folder for what is, or would be, uploaded.
       others: files to compare with.
-      text, out_of_domain, length, windows, calibration: as of `compare`.
+      text, out_of_domain, length, windows, calibration, allow_overlap: as of `compare`.
       licence: for the card; that which the file states unless given.
       upload: create the repository and upload; else only the folder is written.
       private: whether a new repository is private.
@@ -60,6 +61,7 @@ def publish(
         length=length,
         windows=windows,
         calibration=calibration,
+        allow_overlap=allow_overlap,
     )
     for chart in ("loss-size.png", "kl-histograms.png"):
         shutil.copy(out / "report" / chart, out / chart)
