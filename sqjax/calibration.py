@@ -3,7 +3,8 @@
 Letters: W windows, B windows of a batch, T tokens of a window, I in features, O out features.
 
 A folder holds `statistics.safetensors` (the Grams), `statistics.json` (what they were measured on), beside that the
-hashes of its text, and, until it is complete, `partial/` (the sums so far, by Orbax).
+hashes of its text, `spectra.safetensors` (the Grams' eigenvalues, where they cost little or a report has asked) and,
+until it is complete, `partial/` (the sums so far, by Orbax).
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from sqjax import mesh as meshes
+from sqjax import spectra
 from sqjax.config import ModelConfig, is_matrix
 from sqjax.fingerprints import UNKNOWN, Prints, Seen, pieces_of, prints_of, read_beside, union, write_beside
 from sqjax.model import Qwen35
@@ -34,6 +36,8 @@ from sqjax.texts import Texts
 from sqjax.tokens import Tokenizer, encode_conversation, pack_windows
 
 PADDING = -1
+# Eigenvalues that take more, minutes on a few cores, are left to the first report that shows them.
+_SPECTRA_WORK = 10**12
 _SINGLE = ("head_gram_DD", "head_weight_V", "lookup_gram_DD", "lookup_frequency_V")
 
 
@@ -182,6 +186,8 @@ def calibrate(
         save(folder, statistics, identity, UNKNOWN if prints is None else Seen(prints))
         shutil.rmtree(folder / "partial", ignore_errors=True)
         (folder / "run.json").unlink(missing_ok=True)
+        if spectra.work({kind: len(gram) for kind, gram in _grams(statistics).items()}) <= _SPECTRA_WORK:
+            spectra.save(folder)
     meshes.wait_for_all("calibrated")
     return statistics
 
@@ -208,8 +214,9 @@ def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
 
 def save(folder: Path, statistics: Statistics, about: Mapping[str, Any], seen: Seen = UNKNOWN) -> None:
     """Writes statistics into a folder, the record of what they were measured on last."""
-    arrays = {f"input/{name}": gram for name, gram in statistics.inputs.items()}
-    arrays |= {f"output/{name}": gram for name, gram in statistics.outputs.items()}
+    arrays = _grams(statistics)
+    # Of other Grams they are wrong.
+    (folder / spectra.FILE).unlink(missing_ok=True)
     arrays |= {name: getattr(statistics, name) for name in _SINGLE}
     arrays = {name: np.ascontiguousarray(jax.device_get(array)) for name, array in arrays.items()}
     with atomic_path(folder / "statistics.safetensors") as path:
@@ -217,6 +224,11 @@ def save(folder: Path, statistics: Statistics, about: Mapping[str, Any], seen: S
     record = dict(about) | {"tokens": statistics.tokens, "seen": write_beside(folder / "statistics", seen)}
     with atomic_path(folder / "statistics.json") as path:
         path.write_text(json.dumps(record, indent=1, sort_keys=True))
+
+
+def _grams(statistics: Statistics) -> dict[str, Any]:
+    arrays = {f"input/{name}": gram for name, gram in statistics.inputs.items()}
+    return arrays | {f"output/{name}": gram for name, gram in statistics.outputs.items()}
 
 
 def seen_by(folder: str | Path, about: Mapping[str, Any]) -> Seen:

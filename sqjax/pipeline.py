@@ -89,6 +89,7 @@ def demo(out: str | Path = "runs/demo") -> dict[str, Any]:
         length=256,
         windows=16,
         disagreements=8,
+        statistics=out / "statistics",
         out=out / "report",
     )
     files = {name: result["files"][path.name] for name, path in paths.items()}

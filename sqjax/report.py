@@ -9,6 +9,7 @@ import jinja2
 from sqjax import charts
 from sqjax.charts import MIB, everyone, short
 from sqjax.run import atomic_path
+from sqjax.spectra import read_spectra
 from sqjax.tables import Table, all_tables
 
 _FIGURES_AFTER = {
@@ -35,7 +36,7 @@ def write(
       InputError: the folder cannot be written, or statistics or runs cannot be read.
     """
     out = Path(out)
-    eigenvalues = charts.read_spectra(statistics) if statistics is not None else {}
+    eigenvalues = read_spectra(statistics) if statistics is not None else {}
     figures = {
         "loss-size": (charts.loss_against_size(result), "Loss and divergence of each file against its size."),
         "kl-histograms": (charts.histograms(result), "How the divergence is spread over tokens."),

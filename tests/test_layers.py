@@ -7,7 +7,7 @@ import sqjax
 
 LAYERS = """
 run display
-run_folder
+run_folder spectra
 config q4_k delta_rule texts settings mesh buckets
 least_squares
 tokens scales objective hub
