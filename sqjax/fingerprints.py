@@ -227,7 +227,4 @@ def _beside(path: str | Path) -> Path:
 def refuse(found: Overlap, text: str, owner: str, remedy: str) -> None:
     """Raises InputError where an overlap is grave, naming the text and what was made on it."""
     if found.is_grave:
-        raise InputError(
-            f"{text} is calibration text, {found}: {owner} was made on it; {remedy}, or --allow-overlap and the result "
-            "says so"
-        )
+        raise InputError(f"{text} is calibration text, {found}: {owner} was made on it; {remedy}")

@@ -257,6 +257,6 @@ def watch_of(
         watched = prepare(checkpoint, settings.watch, length=settings.length, windows=settings.watch_windows or None)
         known = {"the file that is refined": before, "the refined file": Seen(prints)}
     if not allow:
-        name = Path(settings.watch).name
-        look_up(known, {f"{name}, which is watched,": watched}, checkpoint.tokenizer, remedy="set watch to other text")
+        name, remedy = Path(settings.watch).name, "--set watch=TEXT to other text, or --allow-overlap"
+        look_up(known, {f"{name}, which is watched,": watched}, checkpoint.tokenizer, remedy=remedy)
     return windows_WT, watched

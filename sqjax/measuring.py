@@ -130,7 +130,7 @@ def look_up(
     tokenizer: Tokenizer,
     *,
     allow: bool = False,
-    remedy: str = "evaluate on other text",
+    remedy: str = "evaluate on other text, or --allow-overlap and the result says so",
 ) -> dict[str, dict[str, Any]]:
     """Looks for text that files were made on, and states of each file what came of it, with the keys of `evaluate`.
 

@@ -20,6 +20,8 @@ from sqjax.run import InputError, atomic_path
 from sqjax.settings import build, overridden, parse_overrides, read_toml, to_toml
 from sqjax.sources import CALIBRATION_SUITE, DEFAULT_SUITE, file_facts, find_config, open_model, open_texts
 
+OTHER_TEXT = "--set evaluation.text to other text, or evaluation.allow_overlap=true and the result says so"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration:
@@ -163,7 +165,7 @@ def keep_apart(plan: Plan, checkpoint: Checkpoint) -> None:
         seen[f"the stage {stage}"] = Seen(prints)
     if seen:
         text = prepare(checkpoint, settings.text, length=settings.length, windows=settings.windows or None)
-        look_up(seen, {", ".join(settings.text): text}, checkpoint.tokenizer, remedy="set evaluation.text")
+        look_up(seen, {", ".join(settings.text): text}, checkpoint.tokenizer, remedy=OTHER_TEXT)
 
 
 def _claim(out: Path, identity: Mapping[str, Any]) -> None:

@@ -269,7 +269,7 @@ def _keep_apart(chosen: Sweep) -> None:
     ]
     seen = {"the choice among trials": fingerprints.Seen(fingerprints.union(*prints))}
     text = read(settings.text, length=settings.length, windows=settings.windows or None)
-    look_up(seen, {", ".join(settings.text): text}, checkpoint.tokenizer, remedy="set evaluation.text to other text")
+    look_up(seen, {", ".join(settings.text): text}, checkpoint.tokenizer, remedy=plans.OTHER_TEXT)
 
 
 def _verify(chosen: Sweep, plan: plans.Plan, out: Path, folder: Path) -> dict[str, Any]:

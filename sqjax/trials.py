@@ -166,8 +166,9 @@ class Bench:
 
     def keep_apart(self, plan: Plan, seen: Seen) -> None:
         """Raises InputError where a trial is made on what it is judged by, unless the plan allows that."""
+        remedy = "watch other text, or --set evaluation.allow_overlap=true"
         if not plan.evaluation.allow_overlap:
-            look_up({"a trial": seen}, self.sequences, self.checkpoint.tokenizer, remedy="watch other text")
+            look_up({"a trial": seen}, self.sequences, self.checkpoint.tokenizer, remedy=remedy)
 
     @functools.lru_cache(maxsize=1)  # noqa: B019, a worker has one bench
     def statistics(self, folder: Path) -> Statistics:

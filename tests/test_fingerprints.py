@@ -9,7 +9,7 @@ import pytest
 from random_checkpoint import RUNNABLE, write
 
 import sqjax
-from sqjax import calibration, cli, evaluation, fingerprints, making, measuring, plans, sweeping
+from sqjax import calibration, cli, evaluation, fingerprints, making, measuring, plans, sweeping, trials
 from sqjax.checkpoint import load_checkpoint
 from sqjax.fingerprints import Seen, overlap, piece_of, prints_of, sample
 from sqjax.refinement import Refinement
@@ -254,3 +254,17 @@ def test_a_plan_and_a_sweep_are_refused_before_they_begin(made, tmp_path):
     with pytest.raises(InputError, match="the choice among trials was made on it"):
         sqjax.sweep("small", out=tmp_path / "sweep", settings=watched, workers=1)
     sweeping._keep_apart(sweeping.read_sweep("small"))
+
+
+def test_a_trial_is_not_judged_by_what_it_was_calibrated_on(made, tmp_path):
+    calibrated = {"text": [str(made / "first.txt")], "tokens": 10**5, "length": 128}
+    values = {"recipe": {"base": "imatrix"}, "calibration": calibrated}
+    for name, is_refused in {"first": True, "second": False}.items():
+        watch = trials.Watch(inside=(str(made / f"{name}.txt"),), outside=(), first="", length=64)
+        bench = trials.Bench(made / "model", values, watch, ["inside"], tmp_path)
+        if is_refused:
+            with pytest.raises(InputError, match=r"first is calibration text.* a trial was made on it; watch other"):
+                bench.measure(bench.plan({}))
+            assert bench.measure(bench.plan({"evaluation.allow_overlap": True})).exists()
+        else:
+            assert bench.measure(bench.plan({})).exists()

@@ -40,7 +40,7 @@ POLL = 0.003
 
 @dataclasses.dataclass(frozen=True)
 class Kill:
-    """A phase, the update after which it comes (that of the checkpoint; 0: the first process), and a share of it."""
+    """A phase, a share of it, and the update after which it comes, if the run has come so far (0: the first process)."""
 
     phase: str
     update: int
@@ -70,7 +70,7 @@ class Refining:
         command = [sys.executable, "-m", "sqjax.cli", "refine", DEMO_MODEL, start, self.out, *settings]
         command += ["--tokens", UPDATES * SETTINGS["batch"] * SETTINGS["length"], *(["--resume"] if resume else [])]
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
-        self._log = (folder / "log").open("a")
+        self._log, self._began = (folder / "log").open("a"), time.time()
         self.began = time.monotonic()
         self.process = subprocess.Popen([*map(str, command)], env=environment, stderr=self._log, stdout=self._log)
 
@@ -98,7 +98,12 @@ class Refining:
         return sorted(int(path.name) for path in self.run.glob("checkpoints/*") if path.name.isdigit())
 
     def is_saving(self, update: int) -> bool:
-        return any(path.name.startswith(f"{update}.") for path in self.run.glob("checkpoints/*tmp*"))
+        try:
+            # A killed process leaves a folder of the same name.
+            places = self.run.glob(f"checkpoints/{update}.*tmp*")
+            return any(place.stat().st_mtime > self._began for place in places)
+        except FileNotFoundError:
+            return False
 
     def is_writing(self) -> bool:
         return any(path not in self._left for path in self._written())
