@@ -65,8 +65,11 @@ def publish(
     )
     for chart in ("loss-size.png", "kl-histograms.png"):
         shutil.copy(out / "report" / chart, out / chart)
-    with atomic_path(out / Path(file).name) as path:
-        shutil.copyfile(file, path)
+    # With its records whoever downloads the file can see what it was made on, and is kept from measuring it on that.
+    for name in (Path(file).name + ending for ending in ("", ".json", ".seen.npy")):
+        if (source := Path(file).with_name(name)).exists():
+            with atomic_path(out / name) as path:
+                shutil.copyfile(source, path)
     with atomic_path(out / "README.md") as path:
         path.write_text(card(result, Path(file), reference, repository, licence), encoding="utf-8")
     contents = {str(path.relative_to(out)): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}

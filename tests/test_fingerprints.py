@@ -208,6 +208,15 @@ def test_a_table_is_refused_for_one_of_its_files(made, tmp_path):
     assert "no: a file was made on some of the text" in (tmp_path / "report.md").read_text()
 
 
+def test_a_release_holds_what_the_file_has_seen(made, tmp_path):
+    options = {"repository": "me/model", "out": tmp_path, "text": made / "second.txt"}
+    release = sqjax.publish(made / "made.gguf", **options, reference=made / "model", **SMALL)
+    assert release["files"].keys() >= {"made.gguf", "made.gguf.json", "made.gguf.seen.npy"}
+    assert "this was checked" in (tmp_path / "README.md").read_text()
+    with pytest.raises(InputError, match="calibration text"):
+        sqjax.evaluate(tmp_path / "made.gguf", text=made / "first.txt", reference=made / "model", **SMALL)
+
+
 def test_refinement_keeps_what_the_file_had_seen_and_what_it_sees(made, tmp_path):
     settings = ["length=32", "batch=2", "updates=1", "watch_windows=20", "softness=0"]
     out, options = tmp_path / "refined.gguf", {"text": made / "second.txt", "tokens": 2000}

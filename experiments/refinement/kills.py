@@ -40,7 +40,7 @@ POLL = 0.003
 
 @dataclasses.dataclass(frozen=True)
 class Kill:
-    """A phase, a share of it, and the update after which it comes, if the run has come so far (0: the first process)."""
+    """A phase, a share of it, and the update after which it comes if the run has come so far; 0: the first process."""
 
     phase: str
     update: int
