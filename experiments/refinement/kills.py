@@ -70,6 +70,7 @@ class Refining:
         command = [sys.executable, "-m", "sqjax.cli", "refine", DEMO_MODEL, start, self.out, *settings]
         command += ["--tokens", UPDATES * SETTINGS["batch"] * SETTINGS["length"], *(["--resume"] if resume else [])]
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+        self._first: int | None = None
         self._log, self._began = (folder / "log").open("a"), time.time()
         self.began = time.monotonic()
         self.process = subprocess.Popen([*map(str, command)], env=environment, stderr=self._log, stdout=self._log)
@@ -88,6 +89,12 @@ class Refining:
             return json.loads(lines[-1])["step"] if lines else 0
         except FileNotFoundError:
             return None
+
+    def has_updated(self) -> bool:
+        """Whether this process has done an update of its own; to be asked from its beginning on."""
+        now = self.updates()
+        self._first = now if self._first is None else self._first
+        return now is not None and now > self._first
 
     def unfinished(self) -> list[str]:
         """Checkpoints and files that are being written, or that a killed process left."""
@@ -162,8 +169,9 @@ def strike(folder: Path, start: Path, kill: Kill, seconds: dict[str, float], *, 
     while refining.running() and not is_due():
         time.sleep(POLL)
     moment = time.monotonic() + kill.share * seconds[kill.phase]
-    # How long a process takes to start depends on what else the machine does; it must not get beyond that.
-    while time.monotonic() < moment and not (kill.phase == "starting" and refining.updates() is not None):
+    # How long a process takes to start depends on what else the machine does; its first update, which is compiled
+    # after the metrics are opened, must not be done.
+    while time.monotonic() < moment and not (kill.phase == "starting" and refining.has_updated()):
         time.sleep(POLL)
     was_running = refining.running()
     refining.process.send_signal(signal.SIGKILL)
@@ -176,6 +184,7 @@ def strike(folder: Path, start: Path, kill: Kill, seconds: dict[str, float], *, 
         "seconds": round(time.monotonic() - refining.began, 2),
         "killed": was_running,
         "update": refining.updates(),
+        "has_updated": refining.has_updated() if kill.phase == "starting" else None,
         "checkpoints": refining.saved(),
         "unfinished": refining.unfinished(),
         "file": refining.out.exists(),
