@@ -27,6 +27,7 @@ def publish(
     length: int = 512,
     windows: int | None = None,
     calibration: Sequence[str | Path] = (),
+    allow_overlap: bool = False,
     licence: str | None = None,
     upload: bool = False,
     private: bool = False,
@@ -39,7 +40,7 @@ def publish(
       repository: `owner/name` on the hub.
       out: folder for what is, or would be, uploaded.
       others: files to compare with.
-      text, out_of_domain, length, windows, calibration: as of `compare`.
+      text, out_of_domain, length, windows, calibration, allow_overlap: as of `compare`.
       licence: for the card; that which the file states unless given.
       upload: create the repository and upload; else only the folder is written.
       private: whether a new repository is private.
@@ -60,11 +61,15 @@ def publish(
         length=length,
         windows=windows,
         calibration=calibration,
+        allow_overlap=allow_overlap,
     )
     for chart in ("loss-size.png", "kl-histograms.png"):
         shutil.copy(out / "report" / chart, out / chart)
-    with atomic_path(out / Path(file).name) as path:
-        shutil.copyfile(file, path)
+    # With its records whoever downloads the file can see what it was made on, and is kept from measuring it on that.
+    for name in (Path(file).name + ending for ending in ("", ".json", ".seen.npy")):
+        if (source := Path(file).with_name(name)).exists():
+            with atomic_path(out / name) as path:
+                shutil.copyfile(source, path)
     with atomic_path(out / "README.md") as path:
         path.write_text(card(result, Path(file), reference, repository, licence), encoding="utf-8")
     contents = {str(path.relative_to(out)): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}

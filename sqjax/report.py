@@ -9,6 +9,7 @@ import jinja2
 from sqjax import charts
 from sqjax.charts import MIB, everyone, short
 from sqjax.run import atomic_path
+from sqjax.spectra import read_spectra
 from sqjax.tables import Table, all_tables
 
 _FIGURES_AFTER = {
@@ -35,7 +36,7 @@ def write(
       InputError: the folder cannot be written, or statistics or runs cannot be read.
     """
     out = Path(out)
-    eigenvalues = charts.read_spectra(statistics) if statistics is not None else {}
+    eigenvalues = read_spectra(statistics) if statistics is not None else {}
     figures = {
         "loss-size": (charts.loss_against_size(result), "Loss and divergence of each file against its size."),
         "kl-histograms": (charts.histograms(result), "How the divergence is spread over tokens."),
@@ -82,13 +83,17 @@ def _conditions(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     memory = f"{result['peak_memory_bytes'] / MIB:,.0f} MiB"
     if result.get("peak_device_memory_bytes"):
         memory += f", of the device {result['peak_device_memory_bytes'] / MIB:,.0f} MiB"
-    disjoint = result["disjoint_from_calibration"]
+    disjoint = {
+        True: "checked",
+        False: "no: a file was made on some of the text",
+        None: "not checked: what some file was made on is not known",
+    }[result["disjoint_from_calibration"]]
     return [
         ("Date", result["date"]),
         ("Models ran", f"{runtime or 'in llama.cpp'}, matrices in {settings['dtype']}"),
         ("Windows", "all" if settings["windows"] is None else f"the first {settings['windows']} of each suite"),
         ("Bootstrap seed", str(settings["seed"])),
-        ("Disjoint from the calibration text", "checked" if disjoint else "not checked: no calibration text was given"),
+        ("Disjoint from the calibration text", disjoint),
         ("Device", result["device"]),
         ("Seconds", f"{result['seconds']:,.0f}, scores kept from before not counted"),
         ("Peak memory", memory),

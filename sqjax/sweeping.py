@@ -5,6 +5,7 @@ study -> trials, by workers -> results.jsonl, figures -> best.toml, plan.toml ->
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -14,7 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sqjax import plans, studies, study_results
+from sqjax import fingerprints, plans, studies, study_results
+from sqjax.measuring import look_up, prepare, sampled
 from sqjax.run import InputError, atomic_path
 from sqjax.search_space import Search, Space
 from sqjax.settings import build, overridden, parse_overrides, read_toml, to_toml
@@ -100,13 +102,16 @@ def sweep(
     `verified` and `seconds`.
 
     Raises:
-      InputError: the config is wrong, the storage cannot be opened or holds another study, or every trial failed.
+      InputError: the config is wrong, the winner would be measured on text that trials are judged by, the storage
+        cannot be opened or holds another study, or every trial failed.
     """
     start = time.monotonic()
     chosen = read_sweep(config, settings, model)
     out = Path(out or Path("runs") / chosen.search.name)
     out.mkdir(parents=True, exist_ok=True)
     storage = storage or f"sqlite:///{(out / 'study.db').absolute()}"
+    if verify:
+        _keep_apart(chosen)
     study = _open(chosen, storage)
     count = _devices() if workers is None else workers
     if count < 1:
@@ -249,6 +254,22 @@ def _conclude(chosen: Sweep, study, out: Path, best: str | Path | None, verify: 
     with atomic_path(out / "sweep.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
     return result
+
+
+def _keep_apart(chosen: Sweep) -> None:
+    """Raises InputError where the winner would be measured on text that trials are judged by."""
+    settings, watch = plans.plan_of(chosen.values, "the sweep").evaluation, chosen.watch
+    if settings.allow_overlap:
+        return
+    checkpoint = open_model(chosen.model)
+    read = functools.partial(prepare, checkpoint)
+    prints = [
+        sampled(read(text, length=watch.length, windows=watch.windows or None), checkpoint.tokenizer).hash_N
+        for text in watch.texts.values()
+    ]
+    seen = {"the choice among trials": fingerprints.Seen(fingerprints.union(*prints))}
+    text = read(settings.text, length=settings.length, windows=settings.windows or None)
+    look_up(seen, {", ".join(settings.text): text}, checkpoint.tokenizer, remedy=plans.OTHER_TEXT)
 
 
 def _verify(chosen: Sweep, plan: plans.Plan, out: Path, folder: Path) -> dict[str, Any]:

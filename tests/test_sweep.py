@@ -11,7 +11,7 @@ import pytest
 import random_checkpoint
 
 import sqjax
-from sqjax import sources
+from sqjax import sources, trials
 from sqjax.calibration import collect
 from sqjax.checkpoint import load_checkpoint
 from sqjax.making import read_recipe
@@ -82,3 +82,18 @@ def test_variants_are_what_each_recipe_gives_alone(tmp_path, gamma_out):
                 problem = Problem(np.asarray(tensors[name], np.float32), *grams)
                 losses = [float(proxy_loss(problem, dequantize(q))) for q in (together[name], tensor)]
                 assert losses[0] == pytest.approx(losses[1], rel=0.02), name
+
+
+@pytest.mark.slow
+def test_a_trial_that_refines_is_closer_than_one_that_does_not(tmp_path):
+    single = {"num_hidden_layers": 1, "layer_types": ["full_attention"], "full_attention_interval": 1}
+    random_checkpoint.write(tmp_path / "model", **(random_checkpoint.RUNNABLE | single))
+    for name, factor in {"pool": 3, "watch": 7}.items():
+        text = "".join(f"{i} times {i + factor} is {i * (i + factor)}, and so on; " for i in range(200))
+        (tmp_path / f"{name}.txt").write_text(text)
+    refining = {"text": [str(tmp_path / "pool.txt")], "tokens": 1024, "length": 32, "batch": 4, "softness": 0.0}
+    values = {"recipe": {"base": "rtn"}, "refine": refining | {"warmup": 2, "watch_every": 4}}
+    watch = trials.Watch(inside=(str(tmp_path / "watch.txt"),), outside=(), first="", length=32, windows=16)
+    bench = trials.Bench(tmp_path / "model", values, watch, ["inside"], tmp_path / "out")
+    ((_, outcome),) = bench([{}], lambda index, step, value: False)
+    assert outcome.values[0] < 0.95
