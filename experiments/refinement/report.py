@@ -5,16 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 
+from experiments.figures import COLOURS, save
 from experiments.refinement.parts import CHAT, DEFAULTS, GROUPS
 from experiments.workers import results
-from sqjax.charts import _STYLE
 
 # What the mean is of; other texts have columns of their own.
 DOMAINS = ("c4", "chat", "prose", "docs", "code")
-COLOURS = ("#0a62c2", "#b5520a", "#3f7d20", "#7a3fa0", "#a01f4c", "#4d5760", "#8a7a00", "#006d77")
 _OWN_TEXTS = ("watch", "trained")
 
 Row = Mapping[str, Any]
@@ -30,10 +28,7 @@ def write(folder: Path, target: Path) -> None:
     sections += [in_runtime(rows), size(rows), check(rows)]
     (target / "tables.md").write_text("\n".join(section for section in sections if section), encoding="utf-8")
     if line := along_curve(rows):
-        with matplotlib.rc_context(_STYLE):
-            figure = draw(line)
-        for ending in ("png", "svg"):
-            figure.savefig(target / f"curve.{ending}", dpi=160, metadata={"Date": None} if ending == "svg" else None)
+        save(lambda: draw(line), target, "curve")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,8 +11,6 @@ the pool that nothing was trained on, and of which none is held out. The parts a
 
 import argparse
 import functools
-import gzip
-import hashlib
 import json
 import shutil
 import subprocess
@@ -23,63 +21,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from experiments import workers  # noqa: E402
+from experiments import pool, workers  # noqa: E402
 from experiments.refinement import parts  # noqa: E402
 from experiments.refinement.parts import Run, Start  # noqa: E402
 from experiments.workers import Busy, Job, say  # noqa: E402
 
-# One document in so many is watched.
-_WATCHED = 64
+# Looks at the watched text in a run.
 _LOOKS = 16
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
-
-
-def split(pool: Path, folder: Path, prompts: int) -> None:
-    """Writes train.jsonl.gz, watch.jsonl, chat.jsonl and watch_chat.jsonl, which share no file of a source.
-
-    Whether a document is watched depends on the hash of the file that it is a part of; the order is that of the hashes.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    opener = gzip.open if pool.suffix == ".gz" else open
-    with opener(pool, "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    kept: dict[str, list[dict]] = {"train": [], "watch": []}
-    for row in rows:
-        # A conversation's number tells documents apart, a chunk's number parts of one.
-        whole = row["source"] if row["domain"] == "chat" else row["source"].split("#")[0]
-        kept["watch" if int(_hash(whole), 16) % _WATCHED == 0 else "train"].append(row)
-    kept = {name: sorted(rows, key=lambda row: _hash(row["text"])) for name, rows in kept.items()}
-    for name, rows in tuple(kept.items()):
-        spoken = [row for row in rows if row["domain"] == "chat"]
-        kept["chat" if name == "train" else "watch_chat"] = spoken[:prompts] if name == "train" else spoken
-    for name, rows in kept.items():
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        if name == "train":
-            # Without the time in the header, the same text gives the same bytes.
-            (folder / "train.jsonl.gz").write_bytes(gzip.compress(text.encode(), 6, mtime=0))
-        else:
-            (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def disjoint(folder: Path, texts: dict[str, str]) -> dict:
-    """Counts the evaluated documents that are also in what is trained on, and the documents of each text."""
-    from sqjax import sources
-    from sqjax.texts import fingerprints, overlap
-
-    known = fingerprints(sources.open_texts(folder / "train.jsonl.gz"))
-    watch = {name: str(folder / f"{name}.jsonl") for name in ("watch", "watch_chat")}
-    counts = {}
-    for name, text in (texts | watch).items():
-        documents = list(sources.open_texts(text))
-        counts[name] = {"documents": len(documents), "also trained on": len(overlap(known, documents))}
-    return counts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,7 +160,7 @@ def jobs(bench: Bench) -> list[Job]:
 def plain(bench: Bench, model: str) -> dict:
     """Plain rounding itself, and whether what is evaluated was trained on."""
     row = {"part": "plain", "label": "plain rounding", "texts": bench.measure(model)(bench.plain(model))}
-    return row | {"disjoint": disjoint(bench.arguments.split, bench.arguments.text) if model == "even" else None}
+    return row | {"disjoint": pool.checked(bench.arguments.split)}
 
 
 def begin(bench: Bench, start: Start) -> dict:
@@ -315,9 +263,9 @@ def main() -> None:
     arguments.text = named(arguments.text)
     if arguments.until is not None:
         sys.exit(0 if workers.work(jobs(Bench(arguments)), arguments.out, arguments.until) else 3)
-    if not (arguments.split / "watch.jsonl").exists():
-        split(arguments.pool, arguments.split, arguments.prompts)
+    pool.split(arguments.pool, arguments.split, arguments.prompts)
     if arguments.parts == ["split"]:
+        pool.check(arguments.split, arguments.text)
         return
     # Peak memory is a process's: the large model has one of its own.
     alone = [part for part in arguments.parts if part == "size"]
