@@ -133,7 +133,7 @@ def spread(command: Sequence[str], devices: Sequence[str], folder: Path, seconds
     """
     environment = {"XLA_FLAGS": CUBLAS} | dict(os.environ)
     environment |= {"JAX_COMPILATION_CACHE_DIR": str((folder / "programs").absolute())}
-    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5", "PYTHONUNBUFFERED": "1"}
+    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1", "PYTHONUNBUFFERED": "1"}
     deadline = time.monotonic() + seconds
     processes = []
     for device in devices or [None]:

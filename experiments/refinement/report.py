@@ -222,14 +222,11 @@ def draw(line: Sequence[Row]) -> Figure:
     for name, colour in zip([*columns_of(line), "watch"], COLOURS):
         values = [row["texts"][name]["ratio"] for row in line]
         style = "--" if name not in DOMAINS else "-"
-        axes.plot(places, values, style, color=colour, marker="o", markersize=3.5, linewidth=1.6)
-        axes.annotate(
-            name, (places[-1], values[-1]), xytext=(6, 0), textcoords="offset points", color=colour, va="center"
-        )
+        axes.plot(places, values, style, color=colour, marker="o", markersize=3.5, linewidth=1.6, label=name)
+    figure.legend(loc="outside right center", frameon=False)
     axes.set_xscale("log", base=2)
     axes.set_xticks(places, ["0", *(f"{row['asked'] / 1e6:g}" for row in line if row["asked"])][-len(places) :])
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
-    axes.margins(x=0.12)
     axes.set(title="Refinement from `spectral`", xlabel="million tokens", ylabel="KL over plain rounding's")
     return figure

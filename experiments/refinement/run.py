@@ -30,6 +30,24 @@ from experiments.workers import Busy, Job, say  # noqa: E402
 _LOOKS = 16
 
 
+def encode_once(most: int) -> None:
+    """Lets a process encode a text once: the windows for fewer tokens are the first of those for more.
+
+    Encoding the pool takes as long as a short run does, and the runs of an ablation all read the same.
+    """
+    from sqjax import calibration
+
+    encode, known = calibration.calibration_windows, {}
+
+    def windows(texts, tokenizer, length, tokens):
+        key = (texts.files, texts.seed, length, tokenizer.core.get_vocab_size())
+        if key not in known or known[key][0] < tokens:
+            known[key] = max(most, tokens), encode(texts, tokenizer, length, max(most, tokens))
+        return known[key][1][: max(1, round(tokens / length))]
+
+    calibration.calibration_windows = windows
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What the jobs make
 
@@ -262,6 +280,7 @@ def main() -> None:
 
     arguments.text = named(arguments.text)
     if arguments.until is not None:
+        encode_once(max(arguments.most, *arguments.curve))
         sys.exit(0 if workers.work(jobs(Bench(arguments)), arguments.out, arguments.until) else 3)
     pool.split(arguments.pool, arguments.split, arguments.prompts)
     if arguments.parts == ["split"]:

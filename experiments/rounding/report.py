@@ -101,7 +101,7 @@ def draw_steps(rows: Mapping[str, Row]) -> Figure:
         axes.plot([rows[label]["texts"][name]["ratio"] for label in labels], labels, "o", color=colour, label=name)
     for label, value in zip(labels, values):
         axes.annotate(f"{value:.3f}", (0, label), xytext=(4, 0), textcoords="offset points", color="white", va="center")
-    axes.legend(frameon=False, loc="lower right")
+    figure.legend(loc="outside lower right", ncols=4, frameon=False)
     axes.set(title="One step after the other; all but one", xlabel="KL over plain rounding's, mean of the domains")
     return figure
 
