@@ -116,7 +116,7 @@ class Bench:
             settings=settings,
             seed=run.start.seed,
         )
-        rates = [json.loads(line)["tokens_per_second"] for line in (folder / "metrics.jsonl").open()]
+        rates = [json.loads(line)["tokens_per_second"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         # Two states with Adam's moments a run would fill the disk.
         shutil.rmtree(folder / "checkpoints")
         row = parts.summary(run, result) | {"tokens_per_second": rates[-1], "asked": run.tokens, "text": run.text}
@@ -257,7 +257,7 @@ def size(bench: Bench) -> dict:
     folder = bench.out / "runs" / "large"
     shutil.rmtree(folder, ignore_errors=True)
     result = making.refine(model, begin, target, text=[bench.text("watch")], run=folder, settings=settings)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     shutil.rmtree(folder / "checkpoints")
     row = {"part": "size", "tokens_per_second": lines[-1]["tokens_per_second"], "updates": len(lines)}
     row |= {key: result[key] for key in ("device", "peak_memory_bytes", "peak_device_memory_bytes", "file_bytes")}
