@@ -88,6 +88,8 @@ def work(jobs: Sequence[Job], folder: Path, seconds: float) -> bool:
 
     A job that fails leaves a line with its error and costs no other job.
     """
+    # Shells start what runs in the background with this signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     stop = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
     stop.daemon = True
     stop.start()
@@ -104,6 +106,7 @@ def work(jobs: Sequence[Job], folder: Path, seconds: float) -> bool:
         return False
     finally:
         stop.cancel()
+        signal.signal(signal.SIGINT, before)
 
 
 def _attempt(job: Job, folder: Path, failed: set[str]) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,12 @@ def test_what_has_its_line_is_not_done_again_and_a_failure_costs_no_other_job(tm
     assert not workers.work(jobs, tmp_path, 60.0)
     assert calls == ["first", "bad", "last", "bad"]
     assert {name: row["value"] for name, row in workers.done(tmp_path).items()} == {"first": "first", "last": "last"}
+
+
+def test_a_run_that_is_out_of_time_stops_and_goes_on(tmp_path):
+    assert not workers.work([Job("long", lambda: time.sleep(60))], tmp_path, 0.2)
+    assert workers.results(tmp_path) == []
+    assert workers.work([Job("long", dict)], tmp_path, 60.0)
 
 
 def test_a_job_that_waits_for_another_comes_later(tmp_path):
