@@ -32,11 +32,11 @@ from sqjax import mesh as meshes
 from sqjax.checkpoint import Checkpoint
 from sqjax.config import ModelConfig, is_matrix
 from sqjax.evaluation import Sequences
+from sqjax.folding import refold
 from sqjax.gguf_file import GGUFTensors
 from sqjax.mesh import BATCH, COPIED, to_host
 from sqjax.model import Qwen35, abstract
 from sqjax.q4_k import Q4K
-from sqjax.quantizer import refold
 from sqjax.refinement import Refinement, Student, harden_student, initial, kinds, model_loss, model_of, start_of
 from sqjax.run import InputError, interruption
 from sqjax.run_folder import metrics

@@ -19,6 +19,7 @@ model
 statistics evaluation
 calibration runtime
 cache
+folding
 quantizer search_space
 studies
 refinement
