@@ -26,6 +26,8 @@ from experiments.workers import Job, say  # noqa: E402
 PARTS = ("steps", "tokens", "strength", "sequential")
 # What all steps together are, and what is left where one of them is not there.
 FEEDBACK, CODES, SCALES = '"feedback"', '"descend_codes"', '"descend_scales"'
+# The table has no output Gram, for which two-sided feedback would be the same as feedback.
+TWO_SIDED, DESCENTS = '"two_sided_feedback"', (CODES, SCALES, CODES)
 ALONE = ("equalize=false", "sequential=false", "gamma_out=0.0")
 
 
@@ -50,10 +52,13 @@ WITHOUT = {
     "all but descents": ("spectral", (_steps(FEEDBACK),)),
     "all but descent of scales": ("spectral", (_steps(FEEDBACK, CODES),)),
     "all but descent of codes": ("spectral", (_steps(FEEDBACK, SCALES),)),
-    "all but feedback": ("spectral", (_steps('"search"', CODES, SCALES, CODES),)),
+    "all but feedback": ("spectral", (_steps('"search"', *DESCENTS),)),
     "one sweep": ("spectral", ("sweeps=1",)),
-    "two-sided feedback, no descents": ("spectral", (_steps(FEEDBACK, '"two_sided_feedback"'),)),
-    "two-sided feedback, descents": ("spectral", (_steps(FEEDBACK, '"two_sided_feedback"', CODES, SCALES, CODES),)),
+    "two-sided feedback, no descents": ("spectral", (_steps(FEEDBACK, TWO_SIDED), f"embedding_{_steps(FEEDBACK)}")),
+    "two-sided feedback, descents": (
+        "spectral",
+        (_steps(FEEDBACK, TWO_SIDED, *DESCENTS), f"embedding_{_steps(FEEDBACK, *DESCENTS)}"),
+    ),
 }
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 TOKEN_RECIPES = ("imatrix", "gptq", "spectral")
