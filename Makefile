@@ -16,9 +16,10 @@ slow: $(INSTALLED)
 long: $(INSTALLED)
 	$(VENV)/bin/pytest -m long
 
-# In an environment of its own: beside the package libtpu every start of JAX looks for a TPU.
+# In an environment of its own: beside the package libtpu every start of JAX looks for a TPU. The report is what
+# experiments/plan/compiled.py makes tables of.
 tpu: $(VENV)-tpu/.installed
-	JAX_PLATFORMS=cpu $(VENV)-tpu/bin/pytest -m tpu
+	JAX_PLATFORMS=cpu $(VENV)-tpu/bin/pytest -n 2 -m tpu --junit-xml=runs/tpu.xml
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

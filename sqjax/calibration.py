@@ -2,8 +2,9 @@
 
 Letters: W windows, B windows of a batch, T tokens of a window, I in features, O out features.
 
-A folder holds `statistics.safetensors` (the Grams), `statistics.json` (what they were measured on) and, until it is
-complete, `partial/` (the sums so far, by Orbax).
+A folder holds `statistics.safetensors` (the Grams), `statistics.json` (what they were measured on), beside that the
+hashes of its text, `spectra.safetensors` (the Grams' eigenvalues, where they cost little or a report has asked) and,
+until it is complete, `partial/` (the sums so far, by Orbax).
 """
 
 import contextlib
@@ -25,7 +26,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from sqjax import mesh as meshes
+from sqjax import spectra
 from sqjax.config import ModelConfig, is_matrix
+from sqjax.fingerprints import UNKNOWN, Prints, Seen, pieces_of, prints_of, read_beside, union, write_beside
 from sqjax.model import Qwen35
 from sqjax.run import InputError, atomic_path
 from sqjax.statistics import PROJECTIONS, Statistics, Sums, accumulate, empty, folded, input_name, means, parts, spread
@@ -33,34 +36,41 @@ from sqjax.texts import Texts
 from sqjax.tokens import Tokenizer, encode_conversation, pack_windows
 
 PADDING = -1
+# Eigenvalues that take more, minutes on a few cores, are left to the first report that shows them.
+_SPECTRA_WORK = 10**12
 _SINGLE = ("head_gram_DD", "head_weight_V", "lookup_gram_DD", "lookup_frequency_V")
 
 
-def calibration_windows(texts: Texts, tokenizer: Tokenizer, length: int, tokens: int) -> Int32[np.ndarray, "W T"]:
-    """Returns about `tokens` tokens of text: packed windows, and conversations one by one, padded with -1.
+def calibration_windows(
+    texts: Texts, tokenizer: Tokenizer, length: int, tokens: int
+) -> tuple[Int32[np.ndarray, "W T"], Prints]:
+    """Returns about `tokens` tokens of text, packed windows and conversations padded with -1, and the hashes of it.
 
     Texts and conversations share the budget in proportion to the number of their sources. A conversation longer than a
-    window is cut.
+    window is cut. The hashes are of what is in the windows, not of what else the sources hold.
 
     Raises:
       InputError: the text does not fill one window.
     """
     plain, spoken = texts.by_kind()
     share = len(plain.files) / max(len(texts.files), 1)
-    rows = []
+    rows, prints = [], []
     if plain.files:
         windows = max(1, round(share * tokens / length))
         rows.append(pack_windows(plain, tokenizer, length, windows).tokens_WT)
+        prints.append(prints_of(pieces_of(rows[0].reshape(-1), None, tokenizer)))
     budget = (1.0 - share) * tokens
     for document in spoken:
         if budget <= 0:
             break
-        piece = encode_conversation(document, tokenizer).tokens_T[:length]
+        conversation = encode_conversation(document, tokenizer)
+        piece = conversation.tokens_T[:length]
         budget -= len(piece)
         rows.append(np.pad(piece, (0, length - len(piece)), constant_values=PADDING)[None])
+        prints.append(prints_of(pieces_of(piece, conversation.roles_T[:length], tokenizer)))
     if not rows:
         raise InputError("the calibration text is empty; give --text with something to read")
-    return np.concatenate(rows).astype(np.int32)
+    return np.concatenate(rows).astype(np.int32), union(*prints)
 
 
 def collect(
@@ -132,6 +142,7 @@ def calibrate(
     folder: Path,
     *,
     about: Mapping[str, Any],
+    prints: Prints | None = None,
     batch: int = 8,
     seed: int = 0,
     save_every: int = 32,
@@ -143,6 +154,7 @@ def calibrate(
     """Measures statistics into a folder, or goes on with an interrupted run of the same settings.
 
     Every pass over the text measures some of the projections, with the same labels: more passes need less memory.
+    `prints` are the hashes of the windows, which what is made of the statistics will be known to have seen.
 
     Raises:
       InputError: the folder holds a run of another model, text or seed.
@@ -171,9 +183,11 @@ def calibrate(
         sums = dataclasses.replace(part, blocks=blocks)
     statistics = means(config, sums, windows_WT)
     if meshes.is_first():
-        save(folder, statistics, identity)
+        save(folder, statistics, identity, UNKNOWN if prints is None else Seen(prints))
         shutil.rmtree(folder / "partial", ignore_errors=True)
         (folder / "run.json").unlink(missing_ok=True)
+        if spectra.work({kind: len(gram) for kind, gram in _grams(statistics).items()}) <= _SPECTRA_WORK:
+            spectra.save(folder)
     meshes.wait_for_all("calibrated")
     return statistics
 
@@ -198,16 +212,28 @@ def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
 # ---- files
 
 
-def save(folder: Path, statistics: Statistics, about: Mapping[str, Any]) -> None:
+def save(folder: Path, statistics: Statistics, about: Mapping[str, Any], seen: Seen = UNKNOWN) -> None:
     """Writes statistics into a folder, the record of what they were measured on last."""
-    arrays = {f"input/{name}": gram for name, gram in statistics.inputs.items()}
-    arrays |= {f"output/{name}": gram for name, gram in statistics.outputs.items()}
+    arrays = _grams(statistics)
+    # Of other Grams they are wrong.
+    (folder / spectra.FILE).unlink(missing_ok=True)
     arrays |= {name: getattr(statistics, name) for name in _SINGLE}
     arrays = {name: np.ascontiguousarray(jax.device_get(array)) for name, array in arrays.items()}
     with atomic_path(folder / "statistics.safetensors") as path:
         save_file(arrays | {"windows_WT": statistics.windows_WT.astype(np.int32)}, path)
+    record = dict(about) | {"tokens": statistics.tokens, "seen": write_beside(folder / "statistics", seen)}
     with atomic_path(folder / "statistics.json") as path:
-        path.write_text(json.dumps(dict(about) | {"tokens": statistics.tokens}, indent=1, sort_keys=True))
+        path.write_text(json.dumps(record, indent=1, sort_keys=True))
+
+
+def _grams(statistics: Statistics) -> dict[str, Any]:
+    arrays = {f"input/{name}": gram for name, gram in statistics.inputs.items()}
+    return arrays | {f"output/{name}": gram for name, gram in statistics.outputs.items()}
+
+
+def seen_by(folder: str | Path, about: Mapping[str, Any]) -> Seen:
+    """Returns the hashes of the text of statistics, given their record."""
+    return read_beside(Path(folder) / "statistics", about.get("seen"))
 
 
 def load(folder: str | Path) -> tuple[Statistics, dict[str, Any]]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from safetensors import SafetensorError, safe_open
 
 from sqjax.drawing import INK, MUTED, OTHER, PLAIN, PURE, elided, label_points, plain_log, styled
 from sqjax.run import MIB, InputError
@@ -218,21 +217,6 @@ def _metrics(run: Path) -> list[dict[str, Any]]:
     if not any(record.get("kl") for record in records):
         raise InputError(f"{path} has no finished update yet; wait, or leave it out")
     return records
-
-
-def read_spectra(statistics: str | Path) -> dict[str, np.ndarray]:
-    """Returns the eigenvalues of each Gram in a folder of statistics, largest first, by `input/NAME` or `output/NAME`.
-
-    Raises:
-      InputError: the folder holds no statistics.
-    """
-    path = Path(statistics) / "statistics.safetensors"
-    try:
-        with safe_open(path, framework="numpy") as file:
-            names = [name for name in file.keys() if name.startswith(("input/", "output/"))]  # noqa: SIM118
-            return {name: np.linalg.eigvalsh(file.get_tensor(name).astype(np.float64))[::-1] for name in names}
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{statistics} holds no statistics ({error}); give the folder of sqjax calibrate") from error
 
 
 @styled

@@ -13,6 +13,7 @@ import tyro
 
 from sqjax import display
 from sqjax.commands import (
+    Allow,
     InFile,
     Json,
     Model,
@@ -57,6 +58,7 @@ def evaluate(
     runtime: Literal["jax", "llama.cpp"] = "jax",
     dtype: Literal["f32", "bf16"] = "f32",
     calibration: Text = (),
+    allow_overlap: Allow = False,
     seed: int = 0,
     json: Json = False,
 ) -> Shown:
@@ -70,7 +72,8 @@ def evaluate(
         windows: score the first so many windows (and conversations); all unless given
         runtime: where both are run
         dtype: of the matrices in JAX
-        calibration: text that the file was made with; refused where it is evaluated too
+        calibration: further text that the file was made on, where that is not beside it; refused where it is evaluated
+        allow_overlap: measure on text that the file was made on all the same; the result says so
         seed: of the bootstrap
         json: print one JSON object and nothing else
     """
@@ -85,6 +88,7 @@ def evaluate(
         runtime=runtime,
         dtype=dtype,
         calibration=calibration,
+        allow_overlap=allow_overlap,
         seed=seed,
     )
     return result, json, lambda result: display.evaluation_table({Path(file).name: result})
@@ -103,6 +107,7 @@ def compare(
     groups: Literal["none", "kinds", "layers", "tensors"] = "none",
     disagreements: int = 12,
     calibration: Text = (),
+    allow_overlap: Allow = False,
     statistics: Path | None = None,
     run: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DIR")] = (),
     fresh: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
@@ -123,7 +128,8 @@ def compare(
         dtype: of the matrices in JAX
         groups: quantize only one group at a time, and measure what it contributes
         disagreements: how many of the largest are shown for each file
-        calibration: text that files were made with; refused where it is evaluated too
+        calibration: further text that files were made on, where that is not beside them; refused in a suite
+        allow_overlap: measure on text that a file was made on all the same; the result says so
         statistics: folder that calibrate wrote, for spectra in the report
         run: folder that refine wrote, for curves in the report; may be given several times
         fresh: score again what is kept from before
@@ -145,6 +151,7 @@ def compare(
         groups=groups,
         disagreements=disagreements,
         calibration=calibration,
+        allow_overlap=allow_overlap,
         statistics=statistics,
         run=run,
         fresh=fresh,
@@ -166,6 +173,7 @@ def publish(
     windows: int | None = None,
     runtime: Literal["jax", "llama.cpp", "both"] = "jax",
     calibration: Text = (),
+    allow_overlap: Allow = False,
     licence: str | None = None,
     upload: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     private: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
@@ -185,7 +193,8 @@ def publish(
         length: tokens of a window
         windows: score the first so many of each suite; all unless given
         runtime: where models are run
-        calibration: text that the file was made with; refused where it is evaluated too
+        calibration: further text that the file was made on, where that is not beside it; refused where it is evaluated
+        allow_overlap: measure on text that the file was made on all the same; the result says so
         licence: for the card; what the file states unless given
         upload: create the repository and upload
         private: make a new repository a private one
@@ -206,6 +215,7 @@ def publish(
         windows=windows,
         runtime=runtime,
         calibration=calibration,
+        allow_overlap=allow_overlap,
         licence=licence,
         upload=upload,
         private=private,

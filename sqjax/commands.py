@@ -16,6 +16,7 @@ Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 InFile = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.gguf")]
 OutFile = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.gguf")]
 Json = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+Allow = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 
 def convert(model: Model, out: OutFile, type: Literal["f32", "bf16", "q4_k"] = "q4_k", json: Json = False) -> Shown:
@@ -121,6 +122,7 @@ def refine(
     run: str | None = None,
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = (),
+    allow_overlap: Allow = False,
     seed: int = 0,
     json: Json = False,
 ) -> Shown:
@@ -135,6 +137,7 @@ def refine(
         run: folder for checkpoints and metrics; OUT.gguf.run unless given
         resume: go on with an interrupted run
         set: override a setting of configs/refine.toml, may be given several times
+        allow_overlap: watch text that the file was calibrated or is refined on all the same
         seed: of the order of the text
         json: print one JSON object and nothing else
     """
@@ -149,6 +152,7 @@ def refine(
         run=run,
         resume=resume,
         settings=set,
+        allow_overlap=allow_overlap,
         seed=seed,
     )
     return result, json, display.file_table

@@ -13,11 +13,11 @@ import numpy as np
 from sqjax import cache, contributions, evaluation, report
 from sqjax.checkpoint import Checkpoint
 from sqjax.evaluation import HISTOGRAM_EDGES, Sequences, TokenScores
-from sqjax.measuring import Runtime, prepare
+from sqjax.fingerprints import Seen
+from sqjax.measuring import Runtime, look_up, prepare, seen_by
 from sqjax.run import InputError, atomic_path
 from sqjax.scoring import Scored, Scorer, Student, Suite
-from sqjax.sources import SUITES, DType, Sources, open_texts, usage
-from sqjax.texts import fingerprints
+from sqjax.sources import SUITES, DType, Sources, usage
 
 DEFAULT_SUITES = ("convergence60", "heldout120")
 # Prose, where the suites are conversations: unlike the calibration as far as the package can tell.
@@ -42,6 +42,7 @@ def compare(
     groups: contributions.Grouping = "none",
     disagreements: int = 12,
     calibration: Sequence[str | Path] = (),
+    allow_overlap: bool = False,
     statistics: str | Path | None = None,
     run: Sequence[str | Path] = (),
     fresh: bool = False,
@@ -56,7 +57,7 @@ def compare(
         windows of 256 tokens; `c4-64x256` alone stands for those of allenai/c4 on the hub.
       out_of_domain: suites that the calibration never resembled; scored like the others and marked.
       out: folder for comparison.json and the report.
-      length, windows, dtype, calibration, seed: as of `evaluate`, for each suite.
+      length, windows, dtype, calibration, allow_overlap, seed: as of `evaluate`, for each suite.
       runtime: where models are run; "both" adds llama.cpp's figures, against llama.cpp's own reference.
       groups: quantize only one at a time: a kind of matrices, a layer, a tensor; or nothing.
       disagreements: how many of the largest are shown for each file.
@@ -68,6 +69,7 @@ def compare(
       files: name -> the keys of `evaluate` over all suites together, `suites` (name -> the same of one), `recovery`,
         `difference_from_plain`, `histogram`, `disagreements`, `groups` and, with "both", `llama.cpp`.
       baseline: the same of plain rounding, which is made where it is not among the files (`given`).
+      calibration_checked, windows_compared, disjoint_from_calibration: of all files together.
       reference_facts, suites, differences, settings, histogram_edges, versions and what `evaluate` says of the run.
 
     Raises:
@@ -76,8 +78,9 @@ def compare(
     start = datetime.now(UTC)
     kind: Runtime = "llama.cpp" if runtime == "llama.cpp" else "jax"
     with Scorer(reference, dtype=dtype, fresh=fresh) as scorer:
-        suites = open_suites(scorer.checkpoint, text, out_of_domain, length, windows, calibration)
+        suites = open_suites(scorer.checkpoint, text, out_of_domain, length, windows)
         students, facts = _open_files(scorer, files)
+        check = _keep_apart(scorer, suites, students, facts, calibration, allow_overlap)
         table = _Table(scorer, suites, students, facts, reference, seed)
         entries = table.entries(kind)
         for name, entry in entries.items():
@@ -87,7 +90,7 @@ def compare(
                 entries[name]["llama.cpp"] = entry
         settings = {"runtime": runtime, "dtype": dtype, "length": length, "windows": windows, "seed": seed}
         result = {"reference": str(reference), "settings": settings} | table.about(entries)
-        result |= {"disjoint_from_calibration": bool(calibration) or None, "differences": table.differences(kind)}
+        result |= check | {"differences": table.differences(kind)}
     result |= {"histogram_edges": list(HISTOGRAM_EDGES), "versions": cache.versions(), **usage()}
     now = datetime.now(UTC)
     result |= {"date": now.isoformat(timespec="seconds"), "seconds": (now - start).total_seconds()}
@@ -118,17 +121,15 @@ def open_suites(
     out_of_domain: Sources,
     length: int,
     windows: int | None,
-    calibration: Sequence[str | Path] = (),
 ) -> list[Suite]:
     """Reads and encodes each suite; arguments as of `compare`.
 
     Raises:
-      InputError: a suite cannot be read, does not fill a window, or is calibration text.
+      InputError: a suite cannot be read or does not fill a window.
     """
     if text is None:
         text, out_of_domain = DEFAULT_SUITES, out_of_domain or DEFAULT_OUT_OF_DOMAIN
     marked = [(spec, False) for spec in _listed(text)] + [(spec, True) for spec in _listed(out_of_domain)]
-    known = fingerprints(open_texts(calibration)) if calibration else ()
     suites: dict[str, Suite] = {}
     for spec, is_outside in marked:
         name, source = _named(str(spec))
@@ -136,7 +137,7 @@ def open_suites(
             name = next(f"{name}-{n}" for n in itertools.count(2) if f"{name}-{n}" not in suites)
         shape = _SHAPED.fullmatch(name)
         count, size = (int(number) for number in shape.groups()) if shape else (windows, length)
-        sequences = prepare(checkpoint, source, length=size, windows=count, calibration=known)
+        sequences = prepare(checkpoint, source, length=size, windows=count)
         suites[name] = Suite(name, source, sequences, size, count, is_outside)
     return list(suites.values())
 
@@ -171,6 +172,25 @@ def _open_files(scorer: Scorer, files: Sequence[str | Path]) -> tuple[list[Stude
         facts[name] = {"file": str(file)} | facts[name]
         students.append(student)
     return students, facts
+
+
+def _keep_apart(scorer, suites, students, facts, calibration, allow: bool) -> dict[str, Any]:
+    """Looks for text that files were made on; adds to the facts of each what came of it, and returns what of all."""
+    # Plain rounding has seen no text, whoever wrote it.
+    seen = {
+        student.name: Seen() if scorer.is_plain(student) else seen_by(facts[student.name]["file"], calibration)
+        for student in students
+    }
+    texts = {suite.name: suite.sequences for suite in suites}
+    checks = look_up(seen, texts, scorer.checkpoint.tokenizer, allow=allow)
+    for name, check in checks.items():
+        facts[name] |= check
+    disjoint = {check["disjoint_from_calibration"] for check in checks.values()}
+    return {
+        "calibration_checked": all(check["calibration_checked"] for check in checks.values()),
+        "windows_compared": min(check["windows_compared"] for check in checks.values()),
+        "disjoint_from_calibration": False if False in disjoint else None if None in disjoint else True,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------

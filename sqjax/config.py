@@ -9,6 +9,12 @@ from sqjax.run import InputError
 LINEAR = "linear_attention"
 FULL = "full_attention"
 
+# Matrices of a block in the order in which their inputs arise; those of one tuple read the same input.
+READERS = {
+    LINEAR: (("attn_qkv", "attn_gate", "ssm_alpha", "ssm_beta"), ("ssm_out",), ("ffn_gate", "ffn_up"), ("ffn_down",)),
+    FULL: (("attn_q", "attn_k", "attn_v"), ("attn_output",), ("ffn_gate", "ffn_up"), ("ffn_down",)),
+}
+
 # Qwen3.5's own values, where a config.json is silent; llama.cpp's converter assumes the same sections.
 _ROPE_DEFAULTS = {"rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": (11, 11, 10)}
 # Architectures and, where a config.json has none, model types; the value says whether the text part is nested.

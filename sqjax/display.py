@@ -77,7 +77,14 @@ def evaluation_table(files: dict[str, Result]) -> Table:
         )
         for part, metrics in (result.get("domains", result.get("suites", {})) | result.get("roles", {})).items():
             table.add_row(f"  {part}", *_metrics_row(metrics), "", "")
+    table.caption = _overlaps(files)
     return table
+
+
+def _overlaps(files: dict[str, Result]) -> str | None:
+    """Says which files were measured on text that they were made on."""
+    found = [name for name, file in files.items() if file.get("disjoint_from_calibration") is False]
+    return f"made on some of this text: {', '.join(found)}" if found else None
 
 
 def plan_table(result: Result) -> Table:
@@ -150,6 +157,7 @@ def comparison_table(result: Result) -> Group:
             *(f"{suite['cross_entropy']:.4f}" for suite in file["suites"].values()),
             ", ".join(f"{file['suites'][suite]['kl']:.5f} {suite}" for suite in outside) or "none given",
         )
+    table.caption = _overlaps(files)
     pages = [f"{kind}: {path}" for kind, path in result.get("report", {}).items() if kind in ("html", "markdown")]
     return Group(table, *pages)
 

@@ -32,11 +32,11 @@ from sqjax import mesh as meshes
 from sqjax.checkpoint import Checkpoint
 from sqjax.config import ModelConfig, is_matrix
 from sqjax.evaluation import Sequences
+from sqjax.folding import refold
 from sqjax.gguf_file import GGUFTensors
 from sqjax.mesh import BATCH, COPIED, to_host
 from sqjax.model import Qwen35, abstract
 from sqjax.q4_k import Q4K
-from sqjax.quantizer import refold
 from sqjax.refinement import Refinement, Student, harden_student, initial, kinds, model_loss, model_of, start_of
 from sqjax.run import InputError, interruption
 from sqjax.run_folder import metrics
@@ -86,8 +86,10 @@ def make_update(
     """
     optimizer, dtype = optimizer_of(settings), settings.compute_dtype
     loss_of = functools.partial(model_loss, chunk=settings.chunk, remat=settings.remat)
-    # Sums in an order of their own would make two runs differ in their last bits.
-    options = {"xla_gpu_deterministic_ops": True} if jax.default_backend() == "gpu" else None
+    # Sums in an order of their own would make two runs differ in their last bits. XLA tunes no Triton product where it
+    # has to be deterministic, and untuned they take five times as long as all the rest; cuBLAS's need no tuning.
+    options = {"xla_gpu_deterministic_ops": True, "xla_gpu_enable_triton_gemm": False}
+    options = options if jax.default_backend() == "gpu" else None
 
     def update(state, teacher, start, tokens_ABT, weight_ABT, multiplier, temperature):
         form = lambda student: model_of(config, student, start, dtype, temperature)  # noqa: E731

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from sqjax import calibration, gguf_file, making
+from sqjax import calibration, fingerprints, gguf_file, making
 from sqjax.checkpoint import Checkpoint
+from sqjax.fingerprints import UNKNOWN, Seen
 from sqjax.run import InputError, sha256
 from sqjax.sources import CALIBRATION_SUITE, Sources, file_facts, open_model, usage
 
@@ -42,20 +43,23 @@ def baselines(
     start = time.monotonic()
     out, checkpoint = Path(out), open_model(model)
     _quantizer()
+    seen = UNKNOWN
     if imatrix is None:
         imatrix = out / "imatrix.gguf"
         if statistics is None:
-            making.calibrate(model, out / "statistics", text=text, tokens=tokens, seed=seed, imatrix=imatrix)
-        else:
-            measured, about = calibration.load(statistics)
-            calibration.check_model(measured, checkpoint.config)
-            calibration.write_imatrix(imatrix, measured, checkpoint.config, str(about["text"]))
+            statistics = out / "statistics"
+            making.calibrate(model, statistics, text=text, tokens=tokens, seed=seed)
+        measured, about = calibration.load(statistics)
+        calibration.check_model(measured, checkpoint.config)
+        calibration.write_imatrix(imatrix, measured, checkpoint.config, str(about["text"]))
+        seen = calibration.seen_by(statistics, about)
     importance = calibration.read_imatrix(imatrix)
     _check(importance, checkpoint, imatrix)
     files = {}
     for name, matrix in (("ggml.Q4_K_M", {}), ("ggml-imatrix.Q4_K_M", importance)):
         path = out / f"{name}.gguf"
         made = {"model": checkpoint.name, "recipe": f"ggml's own code through libgguf {version('libgguf')}"}
+        made["seen"] = fingerprints.write_beside(path, seen if matrix else Seen())
         if matrix:
             made |= {"imatrix": Path(imatrix).name, "imatrix_sha256": sha256(imatrix)}
         rounded = Rounded(checkpoint, matrix)

@@ -8,10 +8,14 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jaxtyping import Int32
 
-from sqjax import calibration, distillation, gguf_file, run_folder
+from sqjax import calibration, distillation, fingerprints, gguf_file, run_folder
 from sqjax import mesh as meshes
-from sqjax.measuring import prepare
+from sqjax.checkpoint import Checkpoint
+from sqjax.evaluation import Sequences
+from sqjax.fingerprints import Prints, Seen
+from sqjax.measuring import look_up, prepare, seen_by
 from sqjax.quantizer import Recipe
 from sqjax.quantizer import quantize as rounded
 from sqjax.refinement import Refinement
@@ -32,8 +36,17 @@ def convert(model: str | Path, out: str | Path, *, type: FileType = "q4_k") -> d
       InputError: the model cannot be read, or the file cannot be written.
     """
     start = time.monotonic()
-    gguf_file.write_gguf(out, open_model(model), file_type=type)
+    checkpoint = open_model(model)
+    made = {"model": checkpoint.name, "recipe": "plain rounding" if type == "q4_k" else "none"}
+    # A file in another form has seen what it had seen; a checkpoint counts as the original.
+    _write(out, checkpoint, None, type, made, seen_by(model) if Path(model).is_file() else Seen())
     return {"file": str(out)} | file_facts(out) | {"seconds": time.monotonic() - start}
+
+
+def _write(out, checkpoint, tensors, file_type: FileType, made: dict[str, Any], seen: Seen) -> None:
+    """Writes a file, and before it the hashes of what it was made on: its record must not be there without them."""
+    provenance = made | {"seen": fingerprints.write_beside(out, seen)}
+    gguf_file.write_gguf(out, checkpoint, tensors, file_type=file_type, provenance=provenance)
 
 
 def calibrate(
@@ -71,17 +84,17 @@ def calibrate(
     start = time.monotonic()
     checkpoint = open_model(model)
     sharing = {"batch": batch, "shard": shard, "passes": passes, "chunk": chunk}
-    statistics, about = _measure(checkpoint, text, Path(out), tokens, length, seed, **sharing)
+    statistics, about, _ = _measure(checkpoint, text, Path(out), tokens, length, seed, **sharing)
     if imatrix is not None and meshes.is_first():
         calibration.write_imatrix(imatrix, statistics, checkpoint.config, str(about["text"]))
     result = {"folder": str(out)} | about | {"tokens": statistics.tokens}
     return result | usage() | {"seconds": time.monotonic() - start}
 
 
-def _measure(checkpoint, text, folder, tokens, length, seed, **sharing) -> tuple[Statistics, dict[str, Any]]:
+def _measure(checkpoint, text, folder, tokens, length, seed, **sharing) -> tuple[Statistics, dict[str, Any], Seen]:
     sources = [text] if isinstance(text, str | Path) else list(text)
     texts = open_texts(sources, seed=seed)
-    windows_WT = calibration.calibration_windows(texts, checkpoint.tokenizer, length, tokens)
+    windows_WT, prints = calibration.calibration_windows(texts, checkpoint.tokenizer, length, tokens)
     about = {"model": checkpoint.name, "text": [Path(source).name for source in sources], "length": length}
     with progress("calibrating") as report:
         statistics = calibration.calibrate(
@@ -90,11 +103,12 @@ def _measure(checkpoint, text, folder, tokens, length, seed, **sharing) -> tuple
             windows_WT,
             folder,
             about=about,
+            prints=prints,
             seed=seed,
             **sharing,
             progress=report,
         )
-    return statistics, about | {"windows_sha256": calibration.digest(windows_WT)}
+    return statistics, about | {"windows_sha256": calibration.digest(windows_WT)}, Seen(prints)
 
 
 def read_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -135,20 +149,22 @@ def quantize(
     start = time.monotonic()
     chosen = read_recipe(recipe, settings)
     checkpoint = open_model(model)
-    measured, about = None, {}
+    measured, about, seen = None, {}, Seen()
     if chosen.needs_statistics and statistics is not None:
         measured, about = calibration.load(statistics)
         calibration.check_model(measured, checkpoint.config)
+        seen = calibration.seen_by(statistics, about)
+        about = {key: value for key, value in about.items() if key != "seen"}
     elif chosen.needs_statistics:
         folder = Path(f"{out}.statistics")
-        measured, about = _measure(checkpoint, text or CALIBRATION_SUITE, folder, tokens, 512, seed)
+        measured, about, seen = _measure(checkpoint, text or CALIBRATION_SUITE, folder, tokens, 512, seed)
     with progress(f"rounding by {Path(recipe).stem}") as report:
         tensors = rounded(checkpoint.config, checkpoint.tensors, measured, chosen, report)
     written = {name: jax.tree.map(np.asarray, tensor) for name, tensor in tensors.items()}
     made = {"recipe": Path(recipe).stem, "settings": dataclasses.asdict(chosen), "calibration": about, "seed": seed}
     if meshes.is_first():
         story = {"model": checkpoint.name} | made | usage() | {"seconds": time.monotonic() - start}
-        gguf_file.write_gguf(out, checkpoint, written, file_type="q4_k", provenance=story)
+        _write(out, checkpoint, written, "q4_k", story, seen)
     meshes.wait_for_all("written")
     return {"file": str(out)} | file_facts(out) | made | usage() | {"seconds": time.monotonic() - start}
 
@@ -163,6 +179,7 @@ def refine(
     run: str | Path | None = None,
     resume: bool = False,
     settings: Sequence[str] = (),
+    allow_overlap: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Distils a model into a Q4_K file of it: codes, scales and vectors move until it answers like the model.
@@ -176,28 +193,29 @@ def refine(
       run: folder for checkpoints and metrics; OUT.run unless given.
       resume: go on with the run in that folder, to the bits of one that was not interrupted.
       settings: `key=value` overrides of configs/refine.toml.
+      allow_overlap: watch text that the file was calibrated on, or that it is refined on, all the same.
       seed: of the order of the text.
 
     Raises:
-      InputError: one of them cannot be read, they do not belong together, or the folder holds another run.
+      InputError: one of them cannot be read, they do not belong together, the folder holds another run, or the file was
+        made on what is watched.
     """
     start = time.monotonic()
     chosen = read_settings(Refinement, find_config("refine", "refinement"), settings)
     checkpoint, begin = open_model(model), gguf_file.read_gguf(file)
     sources = [text] if isinstance(text, str | Path) else list(text)
-    windows_WT = calibration.calibration_windows(
+    windows_WT, prints = calibration.calibration_windows(
         open_texts(sources, seed=seed), checkpoint.tokenizer, chosen.length, tokens
     )
     folder = Path(f"{out}.run" if run is None else run)
     made = {"model": checkpoint.name, "text": [Path(source).name for source in sources], "tokens": tokens}
     made |= {"start_sha256": sha256(file), "windows_sha256": calibration.digest(windows_WT), "seed": seed}
     made |= {"settings": dataclasses.asdict(chosen)}
+    before = seen_by(file)
+    windows_WT, watched = watch_of(checkpoint, chosen, windows_WT, before, prints, allow=allow_overlap)
     if meshes.is_first():
         run_folder.claim(folder, made, resume=resume)
     meshes.wait_for_all("claimed")
-    watched = None
-    if chosen.watch != "heldout":
-        watched = prepare(checkpoint, chosen.watch, length=chosen.length, windows=chosen.watch_windows or None)
     loop = distillation.prepare(checkpoint, begin, windows_WT, watched, settings=chosen, tokens=tokens, seed=seed)
     with progress("refining") as report:
         tensors, position = distillation.distill(loop, folder, resume=resume, progress=report)
@@ -205,10 +223,44 @@ def refine(
         # A refined file was calibrated too: its story goes on where that of its start ends.
         story = made | dataclasses.asdict(position) | {"start": gguf_file.inspect(file)["provenance"]}
         story |= usage() | {"seconds": time.monotonic() - start}
-        gguf_file.write_gguf(out, begin, tensors, file_type="q4_k", provenance=story)
+        _write(out, begin, tensors, "q4_k", story, before | Seen(prints))
     meshes.wait_for_all("written")
     result = {"file": str(out)} | file_facts(out) | made | dataclasses.asdict(position)
     result |= usage() | {"seconds": time.monotonic() - start}
     if meshes.is_first():
         run_folder.finish(folder, result)
     return result
+
+
+def watch_of(
+    checkpoint: Checkpoint,
+    settings: Refinement,
+    windows_WT: Int32[np.ndarray, "W T"],
+    before: Seen,
+    prints: Prints,
+    *,
+    allow: bool = False,
+) -> tuple[Int32[np.ndarray, "W T"], Sequences]:
+    """Returns the windows that are trained on and the text by which the best state is chosen, which must be others.
+
+    Args:
+      checkpoint: the teacher.
+      settings: what to watch: windows that are held out, or another text.
+      windows_WT: of the text of refinement.
+      before: what the file that is refined was made on.
+      prints: hashes of the windows.
+      allow: take text that the file was made on, or is refined on, all the same.
+
+    Raises:
+      InputError: the watched text cannot be read, or is text of calibration or refinement.
+    """
+    if settings.watch == "heldout":
+        windows_WT, watched = distillation.hold_out(windows_WT, settings.watch_windows)
+        known = {"the file that is refined": before}
+    else:
+        watched = prepare(checkpoint, settings.watch, length=settings.length, windows=settings.watch_windows or None)
+        known = {"the file that is refined": before, "the refined file": Seen(prints)}
+    if not allow:
+        name, remedy = Path(settings.watch).name, "--set watch=TEXT to other text, or --allow-overlap"
+        look_up(known, {f"{name}, which is watched,": watched}, checkpoint.tokenizer, remedy=remedy)
+    return windows_WT, watched

@@ -61,9 +61,21 @@ def shape_gram(
     identity (plain rounding), gamma = 1 the damped Gram itself. On TPUs it is computed on the host, in float64, because
     the compiler there takes longer over the eigenvectors of a large matrix than all of rounding does.
     """
-    if jax.default_backend() == "tpu":
-        return jnp.asarray(_shaped(np.asarray(gram_II, np.float64), gamma, damping, np).astype(np.float32))
-    return _shape_on_device(gram_II, gamma, damping)
+    if jax.default_backend() != "tpu":
+        return _shape_on_device(gram_II, gamma, damping)
+    arguments = (gram_II, gamma, damping)
+    if not any(isinstance(argument, jax.core.Tracer) for argument in arguments):
+        return jnp.asarray(_shape_on_host(*arguments))
+    # Within a program the device asks the host; mapped over gamma alone, it decomposes the Gram once.
+    result = jax.ShapeDtypeStruct(gram_II.shape, jnp.float32)
+    return jax.pure_callback(_shape_on_host, result, *arguments, vmap_method="expand_dims")
+
+
+def _shape_on_host(gram_II, gamma, damping) -> np.ndarray:
+    gram_II = np.asarray(gram_II, np.float64)
+    # Axes that these have lead; those of a batch of Grams follow.
+    lead = lambda x: np.reshape(x, np.shape(x) + (1,) * (gram_II.ndim - 1 - np.ndim(x)))  # noqa: E731
+    return _shaped(gram_II, lead(gamma), lead(damping), np).astype(np.float32)
 
 
 @jax.jit

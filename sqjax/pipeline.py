@@ -11,7 +11,7 @@ from typing import Any
 from sqjax import comparison, ggml, making, measuring, plans, publishing, sweeping
 from sqjax.buckets import mirrored
 from sqjax.planning import TOPOLOGIES, plan
-from sqjax.sources import CALIBRATION_SUITE, DEFAULT_SUITE, DEMO_MODEL, SUITES
+from sqjax.sources import DEFAULT_SUITE, DEMO_MODEL, SUITES
 
 __all__ = [
     "TOPOLOGIES",
@@ -89,7 +89,7 @@ def demo(out: str | Path = "runs/demo") -> dict[str, Any]:
         length=256,
         windows=16,
         disagreements=8,
-        calibration=[CALIBRATION_SUITE],
+        statistics=out / "statistics",
         out=out / "report",
     )
     files = {name: result["files"][path.name] for name, path in paths.items()}

@@ -6,17 +6,21 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sqjax import making
-from sqjax.measuring import evaluate
+from sqjax import calibration, making
+from sqjax.checkpoint import Checkpoint
+from sqjax.fingerprints import Seen
+from sqjax.measuring import evaluate, look_up, prepare
 from sqjax.quantizer import Recipe
 from sqjax.refinement import Refinement
 from sqjax.run import InputError, atomic_path
 from sqjax.settings import build, overridden, parse_overrides, read_toml, to_toml
 from sqjax.sources import CALIBRATION_SUITE, DEFAULT_SUITE, file_facts, find_config, open_model, open_texts
+
+OTHER_TEXT = "--set evaluation.text to other text, or evaluation.allow_overlap=true and the result says so"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,11 +54,15 @@ class Refining(Refinement):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What the written file is measured on, beside plain rounding; no windows score all of the text."""
+    """What the written file is measured on, beside plain rounding; no windows score all of the text.
+
+    With `allow_overlap` text that the file is made on may be watched and measured on; the result says so.
+    """
 
     text: tuple[str, ...] = (DEFAULT_SUITE,)
     length: int = 512
     windows: int = 0
+    allow_overlap: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,16 +119,19 @@ def make(config: str | Path, model: str | Path, out: str | Path, *, settings: Se
     skipped) and `seconds`.
 
     Raises:
-      InputError: an input is at fault, or the folder was made by another plan.
+      InputError: an input is at fault, the folder was made by another plan, or what is measured on is what is made on.
     """
     start = time.monotonic()
     out, plan = Path(out), read_plan(config, settings)
-    name = open_model(model).name
+    checkpoint = open_model(model)
+    name = checkpoint.name
     making_of = dataclasses.asdict(plan)
     settled = {"evaluation": making_of.pop("evaluation")}
     _claim(out, {"model": name, "plan": making_of})
     final = out / f"{name}-Q4_K_M.gguf"
     rounded = out / "rounded.gguf" if plan.refine.is_wanted else final
+    if not (final.exists() or rounded.exists()):
+        keep_apart(plan, checkpoint)
     plain, measured, scored = out / "plain.gguf", out / "statistics" / "statistics.json", out / "evaluation.json"
     stages = {
         "calibrate": _unless((measured, rounded, final), lambda: _calibrate(plan, model, out)),
@@ -137,9 +148,24 @@ def make(config: str | Path, model: str | Path, out: str | Path, *, settings: Se
     return result | {"evaluation": found, "seconds": time.monotonic() - start}
 
 
-def without_hub(sources: Iterable[str | Path]) -> list[str | Path]:
-    """Returns the sources of text that can be searched as a whole: all but a hub's data sets."""
-    return [source for source in sources if not isinstance(open_texts(source).files[0], str)]
+def keep_apart(plan: Plan, checkpoint: Checkpoint) -> None:
+    """Looks for evaluated text in what a file will be made on, before hours are spent on it.
+
+    Raises:
+      InputError: it is there, and that is not allowed.
+    """
+    settings, seen = plan.evaluation, {}
+    if settings.allow_overlap:
+        return
+    wanted = {"calibration": plan.recipe.needs_statistics, "refine": plan.refine.is_wanted}
+    for stage in (stage for stage, is_wanted in wanted.items() if is_wanted):
+        part = getattr(plan, stage)
+        texts = open_texts(part.text, seed=plan.seed)
+        _, prints = calibration.calibration_windows(texts, checkpoint.tokenizer, part.length, part.tokens)
+        seen[f"the stage {stage}"] = Seen(prints)
+    if seen:
+        text = prepare(checkpoint, settings.text, length=settings.length, windows=settings.windows or None)
+        look_up(seen, {", ".join(settings.text): text}, checkpoint.tokenizer, remedy=OTHER_TEXT)
 
 
 def _claim(out: Path, identity: Mapping[str, Any]) -> None:
@@ -181,15 +207,16 @@ def _refine(plan: Plan, model: str | Path, rounded: Path, final: Path) -> None:
         run=final.parent / "refine",
         resume=True,
         settings=plan.refine.overrides,
+        allow_overlap=plan.evaluation.allow_overlap,
         seed=plan.seed,
     )
 
 
 def _evaluate(plan: Plan, model: str | Path, files: Mapping[str, Path], out: Path) -> None:
     settings = plan.evaluation
-    made_with = without_hub([*plan.calibration.text, *(plan.refine.text if plan.refine.is_wanted else ())])
     options = {"text": settings.text, "length": settings.length, "windows": settings.windows or None}
-    results = {name: evaluate(file, reference=model, calibration=made_with, **options) for name, file in files.items()}
+    options |= {"allow_overlap": settings.allow_overlap}
+    results = {name: evaluate(file, reference=model, **options) for name, file in files.items()}
     ratio = results["quantized"]["kl"] / results["plain"]["kl"]
     with atomic_path(out) as path:
         path.write_text(json.dumps(results | {"ratio": ratio, "settings": dataclasses.asdict(settings)}, indent=1))

@@ -19,10 +19,10 @@ from sqjax.config import ModelConfig, is_matrix
 from sqjax.distillation import BY_WINDOW, State
 from sqjax.equalize import equalizing_scale
 from sqjax.mesh import BY_BATCH, COPIED
-from sqjax.model import Qwen35, abstract
+from sqjax.model import BLOCKS, Qwen35, abstract
 from sqjax.objective import Problem
 from sqjax.q4_k import Q4K, SUB_BLOCK, SUPER_BLOCK
-from sqjax.refinement import Refinement, Student, initial, start_of
+from sqjax.refinement import Refinement, Student, initial, model_of, start_of
 from sqjax.scales import search_super_blocks
 
 
@@ -43,9 +43,9 @@ class Program:
     arguments: Sequence[Any]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def compile(self) -> jax.stages.Compiled:
-        """Compiles for the devices of the mesh that the arguments are placed on."""
-        return self.function.lower(*self.arguments, **self.options).compile()
+    def compile(self, options: Mapping[str, Any] | None = None) -> jax.stages.Compiled:
+        """Compiles for the devices of the mesh that the arguments are placed on, by the compiler's own options."""
+        return self.function.lower(*self.arguments, **self.options).compile(compiler_options=options)
 
 
 def placed(tree: Any, mesh: Mesh, specs: Any = COPIED) -> Any:
@@ -79,7 +79,7 @@ def score(config: ModelConfig, mesh: Mesh, batch: int, length: int, chunk: int =
     return Program("evaluation", "score", evaluation._score_batch, arguments, {"chunk": chunk, "mesh": mesh})
 
 
-def accumulate(
+def statistics_of(
     config: ModelConfig,
     mesh: Mesh,
     batch: int,
@@ -87,8 +87,8 @@ def accumulate(
     dtype=jnp.bfloat16,
     names: Sequence[str] = statistics.PROJECTIONS,
     chunk: int = 1024,
-) -> Program:
-    """One batch added to the Grams of the named projections."""
+) -> Iterator[Program]:
+    """One batch added to the Grams of the named projections, and what devices have of them added up in the end."""
     model = abstract(config, dtype)
     sums = jax.eval_shape(functools.partial(statistics.empty, names=tuple(names)), model)
     wide = jax.eval_shape(functools.partial(statistics.spread, mesh=mesh), sums)
@@ -96,7 +96,8 @@ def accumulate(
     key = placed(jax.eval_shape(lambda: jax.random.key(0)), mesh)
     tokens_BT, mask_BT = (_array(mesh, (batch, length), kind, BY_BATCH) for kind in (jnp.int32, jnp.float32))
     arguments = (_model(config, mesh, dtype), wide, tokens_BT, mask_BT, key)
-    return Program("statistics", "accumulate", statistics.accumulate, arguments, {"mesh": mesh, "chunk": chunk})
+    yield Program("statistics", "accumulate", statistics.accumulate, arguments, {"mesh": mesh, "chunk": chunk})
+    yield Program("statistics", "folded", statistics.folded, (wide,), {"mesh": mesh})
 
 
 def abstract_start(config: ModelConfig) -> Student:
@@ -118,8 +119,8 @@ def solution(shape: Sequence[int]) -> Q4K:
     return Q4K(*(jax.ShapeDtypeStruct(*each) for each in shapes))
 
 
-def update(config: ModelConfig, mesh: Mesh, settings: Refinement) -> Program:
-    """One update of refinement; the settings state the micro-batches and the dtype."""
+def refinement(config: ModelConfig, mesh: Mesh, settings: Refinement) -> Iterator[Program]:
+    """How refinement starts, one update, and the model that is watched; the settings state micro-batches and dtype."""
     start = abstract_start(config)
     optimizer = distillation.optimizer_of(settings)
     state = jax.eval_shape(lambda start: (student := initial(start), State(student, optimizer.init(student)))[1], start)
@@ -128,7 +129,10 @@ def update(config: ModelConfig, mesh: Mesh, settings: Refinement) -> Program:
     batches = (_array(mesh, shape, kind, BY_WINDOW) for kind in (jnp.int32, jnp.float32))
     teacher = _model(config, mesh, settings.compute_dtype)
     arguments = (trees[0], teacher, trees[1], *batches, _array(mesh, ()), _array(mesh, ()))
-    return Program("refinement", "update", distillation.make_update(config, settings, mesh), arguments)
+    yield Program("refinement", "initial student", jax.jit(initial), (trees[1],))
+    yield Program("refinement", "update", distillation.make_update(config, settings, mesh), arguments)
+    model = jax.jit(lambda student, start: model_of(config, student, start, settings.compute_dtype))
+    yield Program("refinement", "student's model", model, (trees[0].student, trees[1]))
 
 
 def matrix_steps(mesh: Mesh, shape: tuple[int, int], count: int = 1) -> Iterator[Program]:
@@ -167,3 +171,14 @@ def search(mesh: Mesh, count: int) -> Program:
     """The search of scales of `count` super-blocks."""
     arrays = [_array(mesh, (count, SUPER_BLOCK), spec=BY_BATCH)] * 2
     return Program("rounding", "search of scales", jax.jit(search_super_blocks), arrays)
+
+
+def sequential(config: ModelConfig, mesh: Mesh, batch: int, length: int) -> Iterator[Program]:
+    """What rounding layer by layer runs beside the steps: each kind of block, and the Grams before its last matrix."""
+    x_WTD = _array(mesh, (batch, length, config.hidden_size))
+    for kind in dict.fromkeys(config.layer_types):
+        tensors = {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in config.block_shapes(kind).items()}
+        block = placed(jax.eval_shape(functools.partial(BLOCKS[kind], config), tensors), mesh)
+        grams = (block, block, x_WTD, x_WTD)
+        yield Program("rounding", f"Grams in a {kind} block", quantizer.paired_grams, grams, {"attribute": "ffn_down"})
+        yield Program("rounding", f"a {kind} block", quantizer.run_block, (block, x_WTD))

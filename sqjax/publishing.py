@@ -28,6 +28,7 @@ def publish(
     windows: int | None = None,
     runtime: Runtime | Literal["both"] = "jax",
     calibration: Sequence[str | Path] = (),
+    allow_overlap: bool = False,
     licence: str | None = None,
     upload: bool = False,
     private: bool = False,
@@ -42,7 +43,7 @@ def publish(
       others: files to compare with.
       text: suites as of `compare`; convergence60, heldout120 and, where it can be had, c4-64x256 unless given.
       c4: C4 validation text for c4-64x256; from the hub unless given.
-      out_of_domain, length, windows, runtime, calibration: as of `compare`.
+      out_of_domain, length, windows, runtime, calibration, allow_overlap: as of `compare`.
       licence: for the card; that which the file states unless given.
       upload: create the repository and upload; else only the folder is written.
       private: whether a new repository is private.
@@ -68,6 +69,7 @@ def publish(
         windows=windows,
         runtime=runtime,
         calibration=calibration,
+        allow_overlap=allow_overlap,
     )
     written = _write(result, Path(file), card(result, Path(file), reference, repository, licence, left_out), out)
     contents = {str(path.relative_to(out)): path.stat().st_size for path in written}
@@ -79,8 +81,9 @@ def publish(
 def _write(result: Mapping[str, Any], file: Path, card: str, out: Path) -> list[Path]:
     """Puts a file, how it came about, charts and card beside the report; returns all that a release is made of."""
     charts = [Path(result["report"][f"{chart}.png"]) for chart in ("loss-size", "kl-histograms")]
-    story = [] if _facts(result, file)["provenance"] is None else [file.with_name(f"{file.name}.json")]
-    copies = {source: out / source.name for source in (file, *story, *charts)}
+    # With its records whoever downloads the file can see what it was made on, and is kept from measuring it on that.
+    records = [file.with_name(f"{file.name}{ending}") for ending in (".json", ".seen.npy")]
+    copies = {source: out / source.name for source in (file, *filter(Path.exists, records), *charts)}
     for source, target in copies.items():
         with atomic_path(target) as path:
             shutil.copyfile(source, path)

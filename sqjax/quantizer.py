@@ -22,19 +22,16 @@ from jaxtyping import Array, Float, Int
 
 from sqjax import mesh as meshes
 from sqjax import rounding
-from sqjax.config import FULL, LINEAR, ModelConfig, is_matrix, tensor_name
-from sqjax.equalize import equalizing_scale
+from sqjax.config import READERS, ModelConfig, is_matrix, tensor_name
+from sqjax.folding import equalize
 from sqjax.model import Block, Qwen35
-from sqjax.objective import Problem, cholesky, conditional_variance, damp, matmul, shape_gram, truncate_gram
+from sqjax.objective import Problem, cholesky, damp, matmul, shape_gram, truncate_gram
 from sqjax.q4_k import Q4K, SUPER_BLOCK, dequantize
 from sqjax.run import InputError
 from sqjax.statistics import Statistics
 
-# Matrices of a block in the order in which their inputs arise; those of one tuple read the same input.
-STAGES = {
-    LINEAR: (("attn_qkv", "attn_gate", "ssm_alpha", "ssm_beta"), ("ssm_out",), ("ffn_gate", "ffn_up"), ("ffn_down",)),
-    FULL: (("attn_q", "attn_k", "attn_v"), ("attn_output",), ("ffn_gate", "ffn_up"), ("ffn_down",)),
-}
+# Numbers of the weights and Grams that are worked on at once: a step of descent moves all of them through memory.
+ROOM = {"cpu": 1 << 25, "gpu": 1 << 28, "tpu": 1 << 28}
 
 Step = Callable[[Problem, Q4K | None], Q4K]
 
@@ -153,97 +150,19 @@ def _shaped(stacked: Problem, recipe: Recipe) -> Problem:
     return Problem(stacked.weight_OI.astype(jnp.float32), gram_in_MII, gram_out_MOO)
 
 
-# ---- equalization
-
-
-def equalize(
-    config: ModelConfig, tensors: Mapping[str, Array], statistics: Statistics, damping: float
-) -> tuple[dict[str, Array], Statistics]:
-    """Folds the best channel scales into the four places where they are free; the function stays as it is.
-
-    Per norm (gain / s, columns of its readers * s), per MLP channel (rows of ffn_up / s, columns of ffn_down * s), per
-    value-head channel (ssm_norm / s, columns of ssm_out * s) and per value channel (rows of attn_v / s, columns of
-    attn_output * s). Returns the scaled tensors and the statistics that they would have given.
-    """
-    tensors, inputs, outputs = dict(tensors), dict(statistics.inputs), dict(statistics.outputs)
-    for layer, kind in enumerate(config.layer_types):
-        name = functools.partial(tensor_name, layer)
-        for attributes in STAGES[kind]:
-            names = [name(attribute) for attribute in attributes]
-            gram_II = jnp.asarray(inputs[names[0]])
-            readers = [(tensors[n].astype(jnp.float32), jnp.diagonal(jnp.asarray(outputs[n]))) for n in names]
-            source, tie_I = _scale_source(config, attributes[0])
-            cost_I = conditional_variance(damp(gram_II, damping))
-            scale_I = equalizing_scale(readers, cost_I, jnp.asarray(tie_I))
-            inputs[names[0]] = gram_II / (scale_I[:, None] * scale_I[None, :])
-            for n, (weight_OI, _) in zip(names, readers):
-                tensors[n] = weight_OI * scale_I[None, :]
-            # One column of each tie stands for all of them.
-            _, first = np.unique(tie_I, return_index=True)
-            inverse = 1.0 / scale_I[first]
-            writer = name(source)
-            if writer in outputs:
-                tensors[writer] = tensors[writer].astype(jnp.float32) * inverse[:, None]
-                outputs[writer] = outputs[writer] / (inverse[:, None] * inverse[None, :])
-            else:
-                tensors[writer] = tensors[writer] * inverse
-    return tensors, dataclasses.replace(statistics, inputs=inputs, outputs=outputs)
-
-
-def refold(config: ModelConfig, tensors: Mapping[str, Array], file: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Returns a checkpoint's tensors under the channel scales that `equalize` folded into a file of it.
-
-    Norm gains tell them exactly; rows of ffn_up and attn_v by least squares between the file's weights and the
-    checkpoint's. Vectors are the file's.
-    """
-    tensors = {name: np.asarray(tensors[name], np.float32) for name in config.tensor_shapes()}
-    for layer, kind in enumerate(config.layer_types):
-        name = functools.partial(tensor_name, layer)
-        for attributes in STAGES[kind]:
-            source, tie_I = _scale_source(config, attributes[0])
-            writer = name(source)
-            old, new = tensors[writer], file[writer]
-            if is_matrix(writer, old.shape):
-                new = np.asarray(dequantize(jax.tree.map(jnp.asarray, new)) if isinstance(new, Q4K) else new)
-                inverse = np.sum(new * old, axis=1) / np.maximum(np.sum(old * old, axis=1), 1e-30)
-                tensors[writer] = old * inverse[:, None]
-            else:
-                inverse = np.asarray(new) / np.where(old == 0, 1.0, old)
-            scale_I = 1.0 / np.where(inverse == 0, 1.0, inverse)[tie_I]
-            for attribute in attributes:
-                tensors[name(attribute)] = tensors[name(attribute)] * scale_I[None, :]
-    return tensors | {name: np.asarray(file[name]) for name in tensors if not is_matrix(name, tensors[name].shape)}
-
-
-def _scale_source(config: ModelConfig, reader: str) -> tuple[str, np.ndarray]:
-    """Where the scale of a reader's columns comes from, and which of its channels each column reads."""
-    if reader in ("attn_qkv", "attn_q"):
-        return "attn_norm", np.arange(config.hidden_size)
-    if reader == "ffn_gate":
-        return "post_attention_norm", np.arange(config.hidden_size)
-    if reader == "ffn_down":
-        return "ffn_up", np.arange(config.intermediate_size)
-    if reader == "ssm_out":
-        return "ssm_norm", np.tile(np.arange(config.linear_value_head_dim), config.linear_num_value_heads)
-    heads, key_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    per_key_head = np.arange(key_heads * width).reshape(key_heads, width)
-    return "attn_v", np.repeat(per_key_head, heads // key_heads, axis=0).reshape(-1)
-
-
 # ---- one matrix
 
 
-def round_table(
+def table_problems(
     weight_VD: Float[Array, "V D"],
     roles: Sequence[tuple[Float[Array, " V"], Float[Array, "D D"]]],
-    recipe: Recipe,
     buckets: int = 16,
-) -> Q4K:
-    """Rounds a matrix whose rows cost differently in several roles: row v errs by e and costs sum_r w_rv e^T M_r e.
+) -> tuple[list[Problem], Callable[[Sequence[Q4K]], Q4K]]:
+    """Returns problems for a matrix whose rows cost differently in several roles, and what joins their solutions.
 
-    The tied embedding has two: as the head, with the Gram of final hidden states and the softmax's weight; as the
-    table, with the Gram of gradients and the token's frequency. Rows are sorted by the share of the last role, into
-    buckets that share one Gram.
+    Where row v errs by e it costs sum_r w_rv e^T M_r e. The tied embedding has two roles: as the head, with the Gram of
+    final hidden states and the softmax's weight; as the table, with the Gram of gradients and the token's frequency.
+    Rows are sorted by the share of the last role, into buckets that share one Gram.
     """
     rows = weight_VD.shape[0]
     traces = [jnp.trace(gram_DD) for _, gram_DD in roles]
@@ -256,17 +175,21 @@ def round_table(
         # Rows of one role share their Gram; they come in parts only where the whole would not fit a device.
         least = max(1, weight_VD.size >> 27)
         count = next(count for count in range(least, rows + 1) if rows % count == 0)
-    solutions = []
-    # As many buckets at once as there are devices.
-    for group in np.array_split(np.arange(count), -(-count // len(jax.devices()))):
-        problems = []
-        for rows_R in order_V.reshape(count, -1)[group]:
-            share_R = jnp.mean(shares_VR[rows_R], axis=0)
-            gram_DD = sum(share * gram_DD / trace for share, (_, gram_DD), trace in zip(share_R, roles, traces))
-            problems.append(Problem(weight_VD[rows_R], gram_DD))
-        solutions += solve(problems, recipe, recipe.embedding_steps)
+    problems = []
+    for rows_R in order_V.reshape(count, -1):
+        share_R = jnp.mean(shares_VR[rows_R], axis=0)
+        gram_DD = sum(share * gram_DD / trace for share, (_, gram_DD), trace in zip(share_R, roles, traces))
+        problems.append(Problem(weight_VD[rows_R], gram_DD))
     inverse_V = jnp.argsort(order_V)
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[inverse_V], *solutions)
+    return problems, lambda solutions: jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[inverse_V], *solutions)
+
+
+def _round_table(weight_VD: Float[Array, "V D"], roles: Sequence[tuple[Array, Array]], recipe: Recipe) -> Q4K:
+    problems, join = table_problems(weight_VD, roles)
+    # As many buckets at once as there are devices.
+    size = len(jax.devices())
+    groups = (problems[start : start + size] for start in range(0, len(problems), size))
+    return join([solution for group in groups for solution in solve(group, recipe, recipe.embedding_steps)])
 
 
 def table_roles(name: str, config: ModelConfig, statistics: Statistics) -> list[tuple[Array, Array]]:
@@ -317,26 +240,33 @@ def quantize(
     result = {name: load(name) for name in config.tensor_shapes() if name not in whole}
     for name in ("token_embd.weight", "output.weight"):
         if name in matrices:
-            result[name] = round_table(load(name), table_roles(name, config, statistics), recipe)
+            result[name] = _round_table(load(name), table_roles(name, config, statistics), recipe)
             report(1)
     if recipe.sequential:
         return _round_sequentially(config, tensors, statistics, recipe, result, report)
-    by_shape: dict[tuple[int, ...], list[str]] = {}
-    for name in matrices:
-        if name.startswith("blk."):
-            by_shape.setdefault(config.tensor_shapes()[name], []).append(name)
-    for shape, names in by_shape.items():
-        for group in _groups(names, shape):
-            problems = [Problem(load(n), *map(jnp.asarray, statistics.grams(n))) for n in group]
-            result |= zip(group, solve(problems, recipe))
-            report(len(group))
+    for group in groups_of_one_shape(config, matrices, ROOM[jax.default_backend()] * len(jax.devices())):
+        problems = [Problem(load(n), *map(jnp.asarray, statistics.grams(n))) for n in group]
+        result |= zip(group, solve(problems, recipe))
+        report(len(group))
     return {name: result[name] for name in config.tensor_shapes()}
 
 
-def _groups(names: list[str], shape: tuple[int, ...], elements: int = 1 << 26) -> Iterator[list[str]]:
-    """Cuts matrices of one shape into groups whose weights and Grams fit a device side by side."""
-    size = max(1, elements // (shape[0] * shape[1] + shape[0] ** 2 + shape[1] ** 2)) * len(jax.devices())
-    yield from (names[start : start + size] for start in range(0, len(names), size))
+def groups_of_one_shape(config: ModelConfig, matrices: Sequence[str], room: int) -> Iterator[list[str]]:
+    """Cuts the blocks' matrices into groups of one shape, whose weights and Grams are `room` numbers at most."""
+    shapes = config.tensor_shapes()
+    for names in _of_one_shape({name: shapes[name] for name in matrices if name.startswith("blk.")}):
+        rows, columns = shapes[names[0]]
+        most = max(1, room // (rows * columns + rows**2 + columns**2))
+        # Groups of one size share one program.
+        size = -(-len(names) // -(-len(names) // most))
+        yield from (names[start : start + size] for start in range(0, len(names), size))
+
+
+def _of_one_shape(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
+    names: dict[tuple[int, ...], list[str]] = {}
+    for name, shape in shapes.items():
+        names.setdefault(shape, []).append(name)
+    return list(names.values())
 
 
 def _counter(total: int, progress: Callable[[int, int], None]) -> Callable[[int], None]:
@@ -362,7 +292,7 @@ def _round_sequentially(config, tensors, statistics, recipe, result, report):
     student_WTD = jnp.take(dequantized(result)["token_embd.weight"], windows_WT, axis=0)
     for layer, kind in enumerate(config.layer_types):
         original, student = teacher.block(layer), teacher.block(layer)
-        for attributes in STAGES[kind]:
+        for attributes in READERS[kind]:
             own_II, cross_II = paired_grams(original, student, teacher_WTD, student_WTD, attributes[0])
             problems = {}
             for attribute in attributes:
@@ -371,7 +301,7 @@ def _round_sequentially(config, tensors, statistics, recipe, result, report):
                     continue
                 target_OI = matched_target(tensors[name], own_II, cross_II, recipe.correction_damping)
                 problems[attribute] = Problem(target_OI, own_II, jnp.asarray(statistics.outputs[name]))
-            for group in _same_shape(problems):
+            for group in _of_one_shape({name: problem.weight_OI.shape for name, problem in problems.items()}):
                 solutions = solve([problems[attribute] for attribute in group], recipe)
                 for attribute, solution in zip(group, solutions):
                     result[tensor_name(layer, attribute)] = solution
@@ -379,13 +309,6 @@ def _round_sequentially(config, tensors, statistics, recipe, result, report):
                     report(1)
         teacher_WTD, student_WTD = run_block(original, teacher_WTD), run_block(student, student_WTD)
     return result
-
-
-def _same_shape(problems: Mapping[str, Problem]) -> list[list[str]]:
-    shapes: dict[tuple[int, ...], list[str]] = {}
-    for name, problem in problems.items():
-        shapes.setdefault(problem.weight_OI.shape, []).append(name)
-    return list(shapes.values())
 
 
 def _full_windows(windows_WT: np.ndarray, count: int) -> Int[Array, "W T"]:

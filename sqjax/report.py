@@ -8,6 +8,7 @@ from sqjax import charts, drawing
 from sqjax.charts import everyone, short
 from sqjax.pages import Figured, Report, half, visible
 from sqjax.run import MIB
+from sqjax.spectra import read_spectra
 from sqjax.tables import all_tables
 
 _SIZES = {"plain": "plain rounding", "pure": "files of its size", "other": "other sizes"}
@@ -27,7 +28,7 @@ def write(
     Raises:
       InputError: the folder cannot be written, or statistics or runs cannot be read.
     """
-    eigenvalues = charts.read_spectra(statistics) if statistics is not None else {}
+    eigenvalues = read_spectra(statistics) if statistics is not None else {}
     report = Report(
         title=f"{result['reference_facts']['name']}: files compared",
         summary=summary(result),
@@ -96,17 +97,21 @@ def conditions(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     memory = f"{result['peak_memory_bytes'] / MIB:,.0f} MiB"
     if result.get("peak_device_memory_bytes"):
         memory += f", of the device {result['peak_device_memory_bytes'] / MIB:,.0f} MiB"
-    disjoint = result["disjoint_from_calibration"]
     windows = "all" if settings["windows"] is None else f"the first {settings['windows']} of each suite"
     # A suite's name may say how many windows it has.
     others = {name: suite["windows"] for name, suite in result["suites"].items()}
     windows += "".join(f", {n} of {name}" for name, n in others.items() if n != settings["windows"])
+    disjoint = {
+        True: "checked",
+        False: "no: a file was made on some of the text",
+        None: "not checked: what some file was made on is not known",
+    }[result["disjoint_from_calibration"]]
     return [
         ("Date", result["date"]),
         ("Models ran", f"{runtime or 'in llama.cpp'}, matrices in {settings['dtype']}"),
         ("Windows", windows),
         ("Bootstrap seed", str(settings["seed"])),
-        ("Disjoint from the calibration text", "checked" if disjoint else "not checked: no calibration text was given"),
+        ("Disjoint from the calibration text", disjoint),
         ("Device", result["device"]),
         ("Seconds", f"{result['seconds']:,.0f}, scores kept from before not counted"),
         ("Peak memory", memory),

@@ -2,6 +2,8 @@
 
 import contextlib
 import datetime
+import fcntl
+import glob
 import hashlib
 import os
 import signal
@@ -14,6 +16,7 @@ from pathlib import Path
 
 MIB = 1 << 20
 _SECONDS_BETWEEN_LINES = 15.0
+_SECONDS_UNLOCKED = 5.0
 
 
 class InputError(Exception):
@@ -33,9 +36,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
-    os.close(handle)
+    # Held until the end; a process that is killed lets go, and the next one to write the file clears up after it.
+    fcntl.flock(handle, fcntl.LOCK_EX)
     temporary = Path(name)
     try:
+        _clear_up(path)
         yield temporary
         # mkstemp makes files that only their owner reads; a result is as public as the user's mask allows.
         mask = os.umask(0)
@@ -50,6 +55,17 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _clear_up(path: Path) -> None:
+    """Removes what killed processes left of a file."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        with contextlib.suppress(OSError), left.open("rb") as file:
+            # One that is not locked yet may have been made this moment.
+            if time.time() - left.stat().st_mtime > _SECONDS_UNLOCKED:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
 
 
 def sha256(path: str | Path) -> str:

@@ -19,24 +19,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sqjax import mesh as meshes
-from sqjax.config import ModelConfig, tensor_name
+from sqjax.config import READERS, ModelConfig, tensor_name
 from sqjax.mesh import BATCH, BY_BATCH, COPIED, DATA, MODEL
 from sqjax.model import Qwen35
 from sqjax.run import InputError
 
 # Projections that read the same input: only the first keeps its Gram.
-SHARED_INPUT = {
-    "attn_gate": "attn_qkv",
-    "ssm_alpha": "attn_qkv",
-    "ssm_beta": "attn_qkv",
-    "attn_k": "attn_q",
-    "attn_v": "attn_q",
-    "ffn_up": "ffn_gate",
-}
-PROJECTIONS = (
-    *("attn_qkv", "attn_gate", "ssm_alpha", "ssm_beta", "ssm_out"),
-    *("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"),
-)
+SHARED_INPUT = {name: names[0] for stages in READERS.values() for names in stages for name in names[1:]}
+PROJECTIONS = tuple(dict.fromkeys(name for stages in READERS.values() for names in stages for name in names))
 
 
 def input_name(tensor: str) -> str:

@@ -5,6 +5,7 @@ study -> trials, by workers -> results.jsonl, best.toml, plan.toml -> the winner
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -15,13 +16,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from sqjax import cache, plans, studies, study_report, study_results, texts
+from sqjax import cache, fingerprints, plans, studies, study_report, study_results
+from sqjax.measuring import look_up, prepare, sampled
 from sqjax.run import InputError, atomic_path
 from sqjax.search_space import Search, Space
 from sqjax.settings import build, overridden, parse_overrides, read_toml, to_toml
-from sqjax.sources import DEMO_MODEL, find_config, open_model, open_texts
+from sqjax.sources import DEMO_MODEL, find_config, open_model
 from sqjax.trials import Bench, Watch, lock, statistics_folder
 
 
@@ -103,15 +103,16 @@ def sweep(
     `files`, `report` (paths by kind), `verified`, `seconds` and what the sweep was about.
 
     Raises:
-      InputError: the config is wrong, one of its texts is in another one, the storage cannot be opened or holds another
-        study, or every trial failed.
+      InputError: the config is wrong, the winner would be measured on text that trials are judged by, the storage
+        cannot be opened or holds another study, or every trial failed.
     """
     start = time.monotonic()
     chosen = read_sweep(config, settings, model)
-    check_texts(chosen)
     out = Path(out or Path("runs") / chosen.search.name)
     out.mkdir(parents=True, exist_ok=True)
     storage = storage or f"sqlite:///{(out / 'study.db').absolute()}"
+    if verify:
+        _keep_apart(chosen)
     study = _open(chosen, storage)
     count = _devices() if workers is None else workers
     if count < 1:
@@ -129,36 +130,6 @@ def _open(chosen: Sweep, storage: str):
     return studies.open_study(
         studies.open_storage(storage, chosen.search), chosen.search, chosen.space, chosen.identity
     )
-
-
-def check_texts(chosen: Sweep) -> None:
-    """Sees to it that what trials are made with, what they are judged by, and what is held out are different texts.
-
-    Data sets of a hub are not searched: they have no end.
-
-    Raises:
-      InputError: a watched or a held-out document is in another text.
-    """
-    plan, choices = plans.plan_of(chosen.values, "the sweep"), chosen.space.choices
-    made_with = {"calibrated on": choices.get("calibration.text", [plan.calibration.text])}
-    if plan.refine.is_wanted or any(name.startswith("refine.") for name in chosen.space.names):
-        made_with["refined on"] = choices.get("refine.text", [plan.refine.text])
-    watched = list(open_texts(plans.without_hub(chosen.watch.texts.values())))
-    heldout = list(open_texts(plans.without_hub(plan.evaluation.text)))
-    _refuse_shared(texts.fingerprints(heldout), "evaluated on at the end", watched, "watched")
-    for what, sources in made_with.items():
-        named = dict.fromkeys(source for chosen_together in sources for source in chosen_together)
-        known = texts.fingerprints(open_texts(plans.without_hub(named)))
-        _refuse_shared(known, what, watched, "watched")
-        _refuse_shared(known, what, heldout, "held-out")
-
-
-def _refuse_shared(known: np.ndarray, what: str, documents: Sequence[texts.Document], of_what: str) -> None:
-    if shared := texts.overlap(known, documents):
-        raise InputError(
-            f"{len(shared)} of {len(documents)} {of_what} documents are {what} too, the first of {shared[0].source}; "
-            "give the tables calibration, refine, watch and evaluation texts of their own"
-        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -324,6 +295,24 @@ def _by_heldout_text(evaluation: Mapping[str, Any], name: str) -> dict[str, dict
     ours, plain = (evaluation[file].get("domains") or {name: evaluation[file]} for file in ("quantized", "plain"))
     kl = {text: part["kl"] for text, part in ours.items()}
     return {"kl": kl, "ratio": {text: kl[text] / plain[text]["kl"] for text in kl}}
+
+
+def _keep_apart(chosen: Sweep) -> None:
+    """Raises InputError where the winner would be measured on text that trials are made with or judged by."""
+    plan, watch = plans.plan_of(chosen.values, "the sweep"), chosen.watch
+    settings = plan.evaluation
+    if settings.allow_overlap:
+        return
+    checkpoint = open_model(chosen.model)
+    plans.keep_apart(plan, checkpoint)
+    read = functools.partial(prepare, checkpoint)
+    prints = [
+        sampled(read(text, length=watch.length, windows=watch.windows or None), checkpoint.tokenizer).hash_N
+        for text in watch.texts.values()
+    ]
+    seen = {"the choice among trials": fingerprints.Seen(fingerprints.union(*prints))}
+    text = read(settings.text, length=settings.length, windows=settings.windows or None)
+    look_up(seen, {", ".join(settings.text): text}, checkpoint.tokenizer, remedy=plans.OTHER_TEXT)
 
 
 def _verify(chosen: Sweep, plan: plans.Plan, out: Path, folder: Path) -> dict[str, Any]:

@@ -1,24 +1,19 @@
-"""Text and conversations from files, folders and hub data sets, and what two sets of them have in common."""
+"""Text and conversations from files, folders and hub data sets."""
 
 import gzip
-import hashlib
 import itertools
 import json
 import re
-import unicodedata
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt64
 
 from sqjax.run import InputError
 
 _SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
-_SHINGLE_WORDS = 16
-_SHINGLE_SAMPLE = 8
 
 
 @dataclass(frozen=True)
@@ -164,59 +159,3 @@ def spoken(message: Mapping) -> Iterator[str]:
             part = part.get("text") if isinstance(part, Mapping) else part
             if isinstance(part, str) and part.strip():
                 yield part
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Overlap
-
-
-def fingerprints(documents: Iterable[Document]) -> UInt64[np.ndarray, "N"]:
-    """Returns sorted hashes of whole documents and of an eighth of their runs of 16 words, letters folded.
-
-    The sample is by the hash's own value, so the same run is in every document's sample or in none's (Manber,
-    Finding Similar Files in a Large File System, 1994).
-    """
-    parts = [_document_prints(document) for document in documents]
-    return np.unique(np.concatenate([np.zeros(0, np.uint64), *parts]))
-
-
-def overlap(
-    calibration: Iterable[Document] | UInt64[np.ndarray, "N"], evaluation: Iterable[Document]
-) -> list[Document]:
-    """Returns the evaluated documents whose text is for the most part in the calibration text too.
-
-    `calibration` is documents or their `fingerprints`. A document counts when it is there as a whole or when more than
-    half of its sampled runs of 16 words are: a licence header shared by two files does not make them one.
-    """
-    known = calibration if isinstance(calibration, np.ndarray) else fingerprints(calibration)
-    if not len(known):
-        return []
-    found = []
-    for document in evaluation:
-        prints = _document_prints(document)
-        seen = known[np.searchsorted(known, prints).clip(max=len(known) - 1)] == prints
-        if seen[0] or (len(seen) > 1 and seen[1:].mean() > 0.5):
-            found.append(document)
-    return found
-
-
-def _document_prints(document: Document) -> UInt64[np.ndarray, "N"]:
-    text = document.text
-    if text is None:
-        text = "\n".join(part for message in document.messages for part in spoken(message))
-    words = re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
-    digest = hashlib.blake2b(" ".join(words).encode(), digest_size=8).digest()
-    whole = np.frombuffer(digest, np.uint64)
-    if len(words) < _SHINGLE_WORDS:
-        return whole
-    word = np.asarray([zlib.crc32(w.encode()) for w in words], np.uint64)
-    # A polynomial in an odd base modulo 2^64, then a mixing step: the low bits, by which runs are sampled, would else
-    # depend on the low bits of the words alone.
-    base, runs = np.uint64(0x9E3779B97F4A7C15), len(words) - _SHINGLE_WORDS + 1
-    rolling = np.zeros(runs, np.uint64)
-    for offset in range(_SHINGLE_WORDS):
-        rolling = rolling * base + word[offset : offset + runs]
-    rolling ^= rolling >> np.uint64(31)
-    rolling *= np.uint64(0xBF58476D1CE4E5B9)
-    rolling ^= rolling >> np.uint64(29)
-    return np.concatenate([whole, rolling[rolling % np.uint64(_SHINGLE_SAMPLE) == 0]])

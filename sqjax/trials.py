@@ -18,9 +18,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from sqjax import calibration, distillation, evaluation, gguf_file, making
+from sqjax import calibration, distillation, evaluation, gguf_file, making, run_folder
 from sqjax.checkpoint import Checkpoint
-from sqjax.measuring import prepare
+from sqjax.fingerprints import Seen
+from sqjax.measuring import look_up, prepare
 from sqjax.model import Qwen35
 from sqjax.plans import Plan, plan_of
 from sqjax.quantizer import Recipe, dequantized, quantize
@@ -162,13 +163,21 @@ class Bench:
         """Returns the folder with statistics of a plan's calibration, which the first to ask makes, or makes complete.
 
         Raises:
-          InputError: the text cannot be read.
+          InputError: the text cannot be read, or is watched.
         """
         folder = statistics_folder(self.out, self.checkpoint, plan)
         with lock(folder.with_suffix(".lock")):
             if not (folder / "statistics.json").exists():
                 making.calibrate(self.model, folder, seed=plan.seed, **dataclasses.asdict(plan.calibration))
+        about = json.loads((folder / "statistics.json").read_text(encoding="utf-8"))
+        self.keep_apart(plan, calibration.seen_by(folder, about))
         return folder
+
+    def keep_apart(self, plan: Plan, seen: Seen) -> None:
+        """Raises InputError where a trial is made on what it is judged by, unless the plan allows that."""
+        remedy = "watch other text, or --set evaluation.allow_overlap=true"
+        if not plan.evaluation.allow_overlap:
+            look_up({"a trial": seen}, self.sequences, self.checkpoint.tokenizer, remedy=remedy)
 
     @functools.lru_cache(maxsize=1)  # noqa: B019, a worker has one bench
     def statistics(self, folder: Path) -> Statistics:
@@ -232,11 +241,12 @@ class Bench:
         if not start.exists():
             gguf_file.write_gguf(start, self.checkpoint, jax.tree.map(np.asarray, dict(tensors)), file_type="q4_k")
         texts = open_texts(settings.text, seed=plan.seed)
-        windows_WT = calibration.calibration_windows(
+        windows_WT, prints = calibration.calibration_windows(
             texts, self.checkpoint.tokenizer, settings.length, settings.tokens or settings.updates * settings.length
         )
+        self.keep_apart(plan, Seen(prints))
         watched = self.sequences[next(iter(self.watch.texts))]
-        distillation.claim(folder, {"start": sha256(start), "plan": dataclasses.asdict(plan)}, resume=True)
+        run_folder.claim(folder, {"start": sha256(start), "plan": dataclasses.asdict(plan)}, resume=True)
         begin = gguf_file.read_gguf(start)
         run = distillation.prepare(
             self.checkpoint, begin, windows_WT, watched, settings=settings, tokens=settings.tokens, seed=plan.seed

@@ -8,23 +8,20 @@ to the order of sums.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sqjax.config import ModelConfig, is_matrix
+from sqjax.folding import equalize
 from sqjax.objective import Problem, shape_gram, truncate_gram
 from sqjax.q4_k import Q4K, SUPER_BLOCK
-from sqjax.quantizer import Recipe, equalize, solve_shaped, table_roles
+from sqjax.quantizer import ROOM, Recipe, groups_of_one_shape, solve_shaped, table_problems, table_roles
 from sqjax.statistics import Statistics
 
 SHAPING = ("gamma_in", "gamma_out", "damping_in", "damping_out")
-_BUCKETS = 16
-# Numbers of the weights and Grams that are worked on at once; a step of descent moves all of them through memory.
-_ELEMENTS = {"cpu": 1 << 25, "gpu": 1 << 28, "tpu": 1 << 28}
 
 
 def shape_of(recipe: Recipe) -> Recipe | None:
@@ -62,8 +59,10 @@ def quantize_variants(
     shapes = config.tensor_shapes().items()
     matrices = [name for name, shape in shapes if is_matrix(name, shape) and shape[1] % SUPER_BLOCK == 0]
     results = [dict(tensors) for _ in recipes]
+    tables = ([name] for name in matrices if not name.startswith("blk."))
+    groups = groups_of_one_shape(config, matrices, ROOM[jax.default_backend()] // len(recipes))
     done = 0
-    for names in _groups(config, matrices, len(recipes)):
+    for names in (*tables, *groups):
         if names[0].startswith("blk."):
             problems = [
                 problem
@@ -100,35 +99,11 @@ def shaped_problems(
 _shape_grams = jax.jit(jax.vmap(shape_gram, in_axes=(None, 0, 0)))
 
 
-def _round_tables(weight_VD, roles, recipes: Sequence[Recipe]) -> list[Q4K]:
-    """`quantizer.round_table` for each recipe: rows in buckets by the share of the last role, a Gram a bucket."""
-    rows, first = weight_VD.shape[0], recipes[0]
-    traces = [jnp.trace(gram_DD) for _, gram_DD in roles]
-    costs_VR = jnp.stack([weight_V * trace for (weight_V, _), trace in zip(roles, traces)], axis=1)
-    shares_VR = costs_VR / jnp.sum(costs_VR, axis=1, keepdims=True)
-    order_V = jnp.argsort(shares_VR[:, -1])
-    count = next(count for count in range(_BUCKETS, 0, -1) if rows % count == 0) if len(roles) > 1 else 1
-    buckets = []
-    for rows_R in order_V.reshape(count, -1):
-        share_R = jnp.mean(shares_VR[rows_R], axis=0)
-        gram_DD = sum(share * gram_DD / trace for share, (_, gram_DD), trace in zip(share_R, roles, traces))
-        problems = shaped_problems(weight_VD[rows_R], gram_DD, None, recipes)
-        buckets.append(solve_shaped(problems, first.embedding_steps or first.steps, first.sweeps))
-    join = functools.partial(jax.tree.map, lambda *leaves: jnp.concatenate(leaves)[jnp.argsort(order_V)])
-    return [join(*solutions) for solutions in zip(*buckets)]
-
-
-def _groups(config: ModelConfig, matrices: Sequence[str], variants: int) -> Iterator[list[str]]:
-    """Matrices that are solved together: of one shape, and as many as a device holds; tables alone."""
-    by_shape: dict[tuple[int, ...], list[str]] = {}
-    shapes = config.tensor_shapes()
-    for name in matrices:
-        if name.startswith("blk."):
-            by_shape.setdefault(shapes[name], []).append(name)
-        else:
-            yield [name]
-    for (rows, columns), names in by_shape.items():
-        most = max(1, _ELEMENTS[jax.default_backend()] // (variants * (rows * columns + rows**2 + columns**2)))
-        # Groups of one size share one program.
-        size = -(-len(names) // -(-len(names) // most))
-        yield from (names[start : start + size] for start in range(0, len(names), size))
+def _round_tables(weight_VD: Array, roles: Sequence[tuple[Array, Array]], recipes: Sequence[Recipe]) -> list[Q4K]:
+    first = recipes[0]
+    problems, join = table_problems(weight_VD, roles)
+    solutions = []
+    for problem in problems:
+        shaped = shaped_problems(problem.weight_OI, problem.gram_in_II, None, recipes)
+        solutions.append(solve_shaped(shaped, first.embedding_steps or first.steps, first.sweeps))
+    return [join(variant) for variant in zip(*solutions)]

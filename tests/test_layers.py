@@ -7,11 +7,11 @@ import sqjax
 
 LAYERS = """
 run
-display run_folder
+display run_folder spectra
 config q4_k delta_rule texts settings mesh buckets
 least_squares
 tokens scales objective hub
-rounding equalize
+rounding equalize fingerprints
 checkpoint
 gguf_metadata
 gguf_file
@@ -19,6 +19,7 @@ model
 statistics evaluation
 calibration runtime
 cache
+folding
 quantizer search_space
 studies
 refinement

@@ -10,9 +10,10 @@ import sqjax
 from sqjax import gguf_file, making, sources
 from sqjax.calibration import collect
 from sqjax.checkpoint import load_checkpoint
+from sqjax.folding import equalize, refold
 from sqjax.model import Qwen35
 from sqjax.q4_k import Q4K, valid
-from sqjax.quantizer import Recipe, dequantized, equalize, matched_target, quantize, refold
+from sqjax.quantizer import Recipe, dequantized, matched_target, quantize
 from sqjax.run import InputError
 from sqjax.statistics import means
 

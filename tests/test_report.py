@@ -10,7 +10,7 @@ import browser
 import numpy as np
 import pytest
 
-from sqjax import charts, comparison, drawing, evaluation, publishing, report, tables
+from sqjax import charts, comparison, drawing, evaluation, publishing, report, spectra, tables
 from sqjax.evaluation import Sequences, TokenScores
 from sqjax.pages import Table
 from sqjax.run import InputError
@@ -199,13 +199,16 @@ def test_spectra_are_the_eigenvalues(tmp_path):
     gram = (factor.T @ factor).astype(np.float32)
     name = "input/blk.1.ffn_up.weight"
     save_file({name: gram, "head_gram_DD": gram}, tmp_path / "statistics.safetensors")
-    found = charts.read_spectra(tmp_path)
+    found = spectra.read_spectra(tmp_path)
     np.testing.assert_allclose(found[name], np.linalg.svd(factor)[1] ** 2, rtol=1e-4)
+    # Once they are kept, nothing else is read.
+    (tmp_path / "statistics.safetensors").unlink()
+    np.testing.assert_array_equal(spectra.read_spectra(tmp_path)[name], found[name])
     assert charts.effective_rank(np.ones(7)) == pytest.approx(7) and charts.effective_rank(np.eye(3)[0]) == 1
     drawing.save(drawing.draw(charts.spectra(found)), tmp_path / "spectra")
     assert (tmp_path / "spectra.svg").stat().st_size > 1000
     with pytest.raises(InputError, match="no statistics"):
-        charts.read_spectra(tmp_path / "missing")
+        spectra.read_spectra(tmp_path / "missing")
 
 
 def test_a_map_of_tensors_has_a_place_for_each(result):

@@ -72,9 +72,14 @@ def test_cholesky_in_panels_is_the_cholesky_factor():
 def test_shaping_on_the_host_is_shaping_on_the_device(monkeypatch):
     matrix = gram(3, COLUMNS)
     expected = [shape_gram(matrix, 0.75, 0.01), truncate_gram(matrix, 16)]
+    expected += [jnp.stack([shape_gram(matrix, gamma, 0.01) for gamma in (0.5, 1.0)])]
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    for found, value in zip((shape_gram(matrix, 0.75, 0.01), truncate_gram(matrix, 16)), expected):
-        np.testing.assert_allclose(found, value, atol=1e-4 * float(jnp.max(jnp.abs(value))))
+    found = [shape_gram(matrix, 0.75, 0.01), truncate_gram(matrix, 16)]
+    # Many exponents of one Gram within a program, as variants of a recipe have them.
+    many = jax.jit(jax.vmap(shape_gram, in_axes=(None, 0, None)))
+    found += [many(matrix, jnp.array([0.5, 1.0]), 0.01)]
+    for result, value in zip(found, expected, strict=True):
+        np.testing.assert_allclose(result, value, atol=1e-4 * float(jnp.max(jnp.abs(value))))
 
 
 def test_feedback_has_the_larger_weight_error_and_the_smaller_objective():

@@ -3,6 +3,8 @@
 import hashlib
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 
@@ -29,6 +31,24 @@ def test_an_error_leaves_the_old_file_and_no_other(tmp_path, error):
         temporary.write_text("half")
         raise error
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_of_a_file_goes_when_the_file_is_written(tmp_path):
+    code = f"""
+import os, signal
+from sqjax.run import atomic_path
+with atomic_path({str(tmp_path / "file")!r}) as path:
+    path.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", code], check=False)
+    (left,) = tmp_path.iterdir()
+    os.utime(left, (0, 0))
+    with atomic_path(tmp_path / "file"), atomic_path(tmp_path / "file") as second:
+        # What another process is writing stays, however long it has been at it.
+        assert second.exists() and not left.exists() and len(list(tmp_path.iterdir())) == 2
+        second.write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_folder_that_cannot_be_written_is_the_inputs_fault(tmp_path):

@@ -10,7 +10,7 @@ import tokenizers
 
 import sqjax
 from sqjax.run import InputError
-from sqjax.texts import Document, fingerprints, overlap, read_texts
+from sqjax.texts import Document, read_texts
 from sqjax.tokens import PROMPT, RESPONSE, TEMPLATE, Tokenizer, encode_conversation, pack, pack_windows
 
 PACKAGE = pathlib.Path(sqjax.__file__).parent
@@ -206,31 +206,3 @@ def test_templates_may_use_what_transformers_offers(tokenizer):
 def test_templates_cannot_escape_and_their_complaints_are_the_inputs_fault(tokenizer, source):
     with pytest.raises(InputError):
         with_template(tokenizer, source).render([{"role": "user", "content": "x"}])
-
-
-# Overlap ---------------------------------------------------------------------------------------------------------
-
-
-def words(seed, count=200):
-    return " ".join(f"w{n}" for n in np.random.default_rng(seed).integers(0, 5000, count))
-
-
-def test_overlap_finds_copies_however_they_are_dressed():
-    calibration = [text_document(words(seed)) for seed in range(20)]
-    copies = [
-        text_document(words(3).upper()),
-        text_document("\n".join(words(4).split()) + "!"),
-        text_document(words(5)[200:900]),
-        text_document("short one"),
-        Document(None, ({"role": "user", "content": words(6)},), "memory", "chat"),
-    ]
-    calibration.append(text_document("Short  ONE."))
-    assert overlap(calibration, copies) == copies
-    assert overlap(fingerprints(calibration), copies) == copies
-
-
-def test_overlap_forgives_a_shared_header():
-    header = words(1000, 60)
-    calibration = [text_document(header + " " + words(seed)) for seed in range(20)]
-    assert overlap(calibration, [text_document(header + " " + words(99)), text_document(words(98))]) == []
-    assert overlap([], calibration) == []

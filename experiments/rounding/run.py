@@ -10,18 +10,33 @@ import argparse
 import json
 import sys
 import tempfile
-import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import sqjax
-from sqjax import evaluation, measuring, sources
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from experiments.workers import say  # noqa: E402
+from experiments.written_files import Measure, line, named  # noqa: E402
+from sqjax import making, sources  # noqa: E402
+
+FACTS = ("file_bytes", "bits_per_weight", "sha256", "seconds", "device")
+
+
+def rounded(
+    model: str | Path, file: Path, recipe: str, statistics: Path | None, settings: Sequence[str], measure: Measure
+) -> dict[str, Any]:
+    """Writes a file by a recipe and returns its facts and what it lost on every text."""
+    made = making.quantize(model, file, recipe=recipe, statistics=statistics, settings=settings)
+    return {key: made[key] for key in FACTS} | {"texts": measure(file)}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--calibration", nargs="+", default=[sources.CALIBRATION_SUITE])
-    parser.add_argument("--text", nargs="+", default=[sources.DEFAULT_SUITE])
+    parser.add_argument("--text", nargs="+", default=[sources.DEFAULT_SUITE], help="FILE or NAME=FILE")
     parser.add_argument("--recipes", nargs="+", default=["rtn", "imatrix", "gptq", "spectral"])
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -30,50 +45,28 @@ def main():
     parser.add_argument("--out", default="results.jsonl")
     parser.add_argument("--keep", help="folder for statistics and files; a temporary one unless given")
     args = parser.parse_args()
-
-    start = time.monotonic()
-    say = lambda *words: print(f"[{time.monotonic() - start:7.1f}]", *words, file=sys.stderr, flush=True)  # noqa: E731
-    checkpoint = sources.open_model(args.model)
-    sequences = {Path(text).stem: measuring.prepare(checkpoint, text, windows=args.windows) for text in args.text}
-    reference = sources.load_model(checkpoint)
-    hidden = {name: evaluation.hidden_states(reference, sequence) for name, sequence in sequences.items()}
-    plain: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        folder = args.keep or scratch
+        folder = Path(args.keep or scratch)
+        name = sources.open_model(args.model).name
+        making.convert(args.model, folder / f"{name}.plain.gguf")
+        measure = Measure(args.model, named(args.text), folder / f"{name}.plain.gguf", args.windows)
         for seed in args.seeds:
-            statistics = Path(folder) / f"{checkpoint.name}.statistics{seed}"
-            measured = sqjax.calibrate(
-                args.model, statistics, text=args.calibration, tokens=args.tokens, seed=seed, batch=args.batch
-            )
+            statistics = folder / f"{name}.statistics{seed}"
+            options = {"text": args.calibration, "tokens": args.tokens, "seed": seed, "batch": args.batch}
+            measured = making.calibrate(args.model, statistics, **options)
             say(f"statistics on {measured['tokens']:,} tokens in {measured['seconds']:.0f} s")
-            for recipe in args.recipes:
-                name, _, settings = recipe.partition(":")
-                if name == "rtn" and seed != args.seeds[0]:
+            for given in args.recipes:
+                recipe, _, settings = given.partition(":")
+                if recipe == "rtn" and seed != args.seeds[0]:
                     continue
-                file = Path(folder) / f"{checkpoint.name}.{name}.{seed}.gguf"
-                made = sqjax.quantize(
-                    args.model,
-                    file,
-                    recipe=name,
-                    statistics=None if name == "rtn" else statistics,
-                    settings=[setting for setting in settings.split(",") if setting],
-                )
-                row = {"model": checkpoint.name, "recipe": recipe, "seed": seed, "tokens": measured["tokens"]}
-                row |= {key: made[key] for key in ("file_bytes", "bits_per_weight", "sha256", "seconds", "device")}
-                row["statistics_seconds"] = measured["seconds"]
-                for text, sequence in sequences.items():
-                    scores = measuring.score_file(file, checkpoint, sequence, reference=reference, hidden=hidden[text])
-                    summary = evaluation.summarize(scores, sequence)
-                    row[text] = {key: summary[key] for key in ("kl", "kl_interval", "top1", "gap", "tokens")}
-                    if name == "rtn":
-                        plain[text] = summary["kl"]
-                row["ratio"] = {text: row[text]["kl"] / plain[text] for text in sequences if text in plain}
+                own = None if recipe == "rtn" else statistics
+                file = folder / f"{name}.{recipe}.{seed}.gguf"
+                row = {"model": name, "recipe": given, "seed": seed, "tokens": measured["tokens"]}
+                row |= {"statistics_seconds": measured["seconds"]}
+                row |= rounded(args.model, file, recipe, own, [s for s in settings.split(",") if s], measure)
                 with open(args.out, "a", encoding="utf-8") as out:
                     out.write(json.dumps(row) + "\n")
-                ratios = " ".join(
-                    f"{text.removeprefix('heldout_')} {ratio:.3f}" for text, ratio in row["ratio"].items()
-                )
-                say(f"{recipe} seed {seed}: {made['seconds']:.0f} s, {ratios}")
+                say(f"{given} seed {seed}: {row['seconds']:.0f} s,", line(row["texts"]))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@
 Weights, text and Grams are random: what is measured does not depend on their values. Each section is a process of its
 own, so that its peak memory is its own and its failure or time limit costs no other section; each prints JSON lines as
 soon as it knows something, which go to --out and to the screen. Sections: peak, forward, statistics, rounding,
-refinement, delta, torch (needs torch and transformers; --torch-python runs them in another environment).
+refinement, delta, evaluation, pipeline (all stages by their own functions, on a checkpoint that is written first or
+given by --model), flags (compilation and speed under three settings of XLA) and torch (needs torch and transformers;
+--torch-python runs them in another environment).
 
 Model FLOPs are 2 a weight and token forward (the output matrix counted, the table not), 4 backward, recomputation not
 counted; attention scores and the delta rule are left out, so that utilisations are slightly low.
@@ -49,9 +51,17 @@ SHARES = {
     "refinement": 0.4,
     "statistics": 0.5,
     "delta": 0.5,
+    "evaluation": 0.5,
     "rounding": 0.6,
     "torch": 1.0,
 }
+# What JAX does by itself, what takes cuBLAS for every product, and what takes it without asking which of its kernels.
+FLAGS = {
+    "default": "",
+    "cuBLAS": "--xla_gpu_enable_triton_gemm=false",
+    "cuBLAS, untuned": "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0",
+}
+UNDER_FLAGS = ("forward", "statistics", "refinement")
 SCALING = ("statistics", "refinement")
 TWO_SIDED = ("feedback", "two_sided_feedback", "descend_codes", "descend_scales", "descend_codes")
 
@@ -102,19 +112,22 @@ def repeat(call, seconds: float, at_least: int = 3, at_most: int = 30) -> float:
 
 
 def memory() -> dict:
-    """Peak memory of this process on its first device, in GiB."""
+    """Peak memory of this process on its first device and on its host, in GiB."""
+    import resource
+
     import jax
 
     statistics = jax.devices()[0].memory_stats() or {}
     peak = statistics.get("peak_bytes_in_use")
-    return {} if peak is None else {"peak_gib": peak / (1 << 30)}
+    host = {"peak_host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)}
+    return host if peak is None else host | {"peak_gib": peak / (1 << 30)}
 
 
 def profile(arguments, name: str, call, top: int = 8) -> None:
     """Reports the kernels that cost most in one call, as shares of the time that the device was busy."""
     import jax
 
-    if jax.default_backend() != "gpu":
+    if jax.default_backend() != "gpu" or arguments.brief:
         return
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -222,12 +235,12 @@ def forward(arguments) -> None:
         "all logits": (lambda m, tokens: m.logits(m.hidden(tokens)).astype(jnp.bfloat16), matrix_weights(config)),
         "log normalizers": (scored, matrix_weights(config)),
     }
-    for name, (function, weights) in variants.items():
+    for name, (function, weights) in list(variants.items())[-1 if arguments.brief else 0 :]:
         with Clock() as clock:
             program = jax.jit(function).lower(model, tokens).compile()
         call = lambda program=program: jax.block_until_ready(program(model, tokens))  # noqa: E731
         call()
-        seconds = repeat(call, 5.0)
+        seconds = repeat(call, 2.0 if arguments.brief else 5.0)
         rate = batch * length / seconds
         values = {"tokens_per_second": rate, "ms": seconds * 1e3, "batch": batch, "length": length}
         values |= utilisation(arguments, rate, 2 * weights) | {"compile_seconds": clock.seconds} | memory()
@@ -264,7 +277,9 @@ def statistics(arguments) -> None:
 
     with Clock() as clock:
         call()
-    seconds = repeat(call, 0.4 * arguments.seconds, at_most=max(3, arguments.tokens // (batch * length)))
+    # A million tokens where there is time for them: what is measured is then what a run of statistics takes.
+    within = 3.0 if arguments.brief else 0.4 * arguments.seconds
+    seconds = repeat(call, within, at_most=max(3, arguments.tokens // (batch * length)))
     rate = batch * length / seconds
     grams = sum(2 * (rows**2 + columns**2) for rows, columns in blocks_of(config))
     values = {"tokens_per_second": rate, "seconds_per_million": 1e6 / rate, "batch": batch, "length": length}
@@ -353,7 +368,7 @@ def refinement(arguments) -> None:
 
     with Clock() as clock:
         call()
-    seconds = repeat(call, 0.4 * arguments.seconds, at_most=20)
+    seconds = repeat(call, 3.0 if arguments.brief else 0.4 * arguments.seconds, at_most=20)
     rate = batch * length / seconds
     values = {"tokens_per_second": rate, "ms": seconds * 1e3, "batch": batch, "length": length}
     values |= {"micro_batches": settings.accumulate, "compile_seconds": clock.compile_seconds}
@@ -414,6 +429,10 @@ def delta(arguments) -> None:
         seconds = repeat(lambda: jax.block_until_ready(program(*operands)), 3.0)
         values = {"ms": seconds * 1e3, "tflops": scale * flops / seconds / 1e12, "compile_seconds": clock.seconds}
         values |= {"gb_least": scale * moved / 1e9, "gflop": scale * flops / 1e9}
+        if arguments.peak and arguments.copy:
+            # The longer of what the bytes and what the products take at the rates that this device was seen to reach.
+            bounds = {"bytes": scale * moved / arguments.copy / 1e9, "products": scale * flops / arguments.peak / 1e9}
+            values |= {"bound_ms": max(bounds.values()), "bound_by": max(bounds, key=bounds.__getitem__)}
         if not isinstance(result, tuple):
             values["relative_error"] = float(jnp.linalg.norm(result - exact) / jnp.linalg.norm(exact))
         report(arguments, what=name, batch=batch, length=length, **values)
@@ -424,6 +443,81 @@ def delta(arguments) -> None:
     run("chunked, f32", chunked(jnp.float32), *inputs)
     run("chunked, bf16, with gradient", jax.grad(loss, argnums=(0, 1, 2, 3, 4)), *half, *inputs[3:], scale=3.0)
     run("recurrent, f32", lambda *x: delta_rule.recurrent(*x)[0], *inputs)
+
+
+def evaluation(arguments) -> None:
+    """Scores of windows of 512 tokens under two models, as `sqjax evaluate` makes them; bfloat16 for comparison."""
+    import jax
+    import jax.numpy as jnp
+
+    from sqjax import evaluation
+
+    config = config_of(arguments.shape)
+    length = min(512, SIZES[arguments.shape][0])
+    for dtype, windows in (("bfloat16", 256), ("float32", 128)):
+        count = windows if arguments.shape != "tiny" else 4
+        text = evaluation.Sequences.of_windows(jax.device_get(random_tokens(config, count, length)))
+        reference = random_model(config, jnp.dtype(dtype))
+        student = jax.tree.map(lambda leaf: leaf * jnp.ones((), leaf.dtype), reference)
+        with Clock() as clock:
+            evaluation.score(reference, student, text)
+        seconds = repeat(lambda: evaluation.score(reference, student, text), 5.0, at_least=1, at_most=5)  # noqa: B023
+        rate = count * length / seconds
+        values = {"tokens_per_second": rate, "seconds_per_million": 1e6 / rate, "windows": count, "length": length}
+        values |= utilisation(arguments, rate, 4 * matrix_weights(config)) | {"compile_seconds": clock.compile_seconds}
+        report(arguments, what=f"scores, {dtype}", **values, **memory())
+
+
+def pipeline(arguments) -> None:
+    """From a checkpoint to a verified file by the package's own functions: seconds and peak memory after each stage."""
+    from sqjax import making, measuring, sources
+    from sqjax.gguf_file import inspect
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, begin = Path(scratch), time.perf_counter()
+        model, refined = (
+            arguments.model or checkpoint_of(arguments.shape, folder / "checkpoint"),
+            folder / "refined.gguf",
+        )
+        tokens = {"tokens": arguments.pipeline_tokens}
+        length = min(512, SIZES[arguments.shape][0])
+        settings = [f"updates={arguments.updates}", f"length={length}", "watch_windows=8", "watch_every=100000"]
+        settings += ["checkpoint_every=100000"] + ["batch=4"] * (arguments.shape == "tiny")
+        stages = {
+            "load": lambda: sources.load_model(sources.open_model(model)),
+            "plain rounding": lambda: making.convert(model, folder / "plain.gguf"),
+            "statistics": lambda: making.calibrate(model, folder / "statistics", length=length, batch=8, **tokens),
+            "spectral": lambda: making.quantize(
+                model, folder / "spectral.gguf", statistics=folder / "statistics", settings=arguments.recipe
+            ),
+            "refinement": lambda: making.refine(model, folder / "spectral.gguf", refined, settings=settings, **tokens),
+            "verification": lambda: measuring.evaluate(
+                refined, reference=model, length=length, windows=8, dtype="bf16"
+            ),
+        }
+        total = 0.0
+        for name, stage in stages.items():
+            with Clock() as clock:
+                result = stage()
+            total += clock.seconds
+            values = {"seconds": clock.seconds, "compile_seconds": clock.compile_seconds, "total_seconds": total}
+            report(arguments, what=name, **values, **memory())
+            del result
+        same = refined.stat().st_size == (folder / "plain.gguf").stat().st_size
+        values = {"bytes": refined.stat().st_size, "same_size_as_plain": same, "types": inspect(refined)["types"]}
+        values |= {"seconds": total, "seconds_with_checkpoint": time.perf_counter() - begin, "tokens": tokens["tokens"]}
+        report(arguments, what="all", **values, updates=arguments.updates, **memory())
+
+
+def checkpoint_of(shape: str, folder: Path) -> Path:
+    """A checkpoint of a shape: the embedded model for the smallest, random weights for the real one."""
+    if shape == "tiny":
+        return ROOT / "sqjax" / "demo8"
+    if shape != "0.8b":
+        raise SystemExit(f"the shape {shape} needs --model")
+    script = ROOT / "experiments" / "real_size" / "make_checkpoint.py"
+    subprocess.run([sys.executable, script, folder], check=True)
+    return folder
 
 
 def torch_forward(arguments) -> None:
@@ -470,22 +564,31 @@ def torch_forward(arguments) -> None:
 
 
 SECTIONS = {"peak": peak, "forward": forward, "statistics": statistics, "refinement": refinement, "delta": delta}
-SECTIONS |= {"rounding": rounding, "torch": torch_forward}
+SECTIONS |= {"evaluation": evaluation, "rounding": rounding, "pipeline": pipeline, "torch": torch_forward}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes
 
 
-def run_section(arguments, name: str, devices: int, limit: float, found_peak: float, out) -> float:
-    """Runs a section in a process of its own until its limit; returns the measured peak where it is told."""
+def run_section(arguments, name: str, devices: int, limit: float, found: dict, out, flags: str | None = None) -> None:
+    """Runs a section in a process of its own until its limit, and adds the device's rates to what was `found`.
+
+    With a key of FLAGS it is run under those flags alone, briefly, and compiles everything anew.
+    """
     python = arguments.torch_python if name == "torch" else sys.executable
-    command = [python, __file__, "--section", name, "--seconds", f"{limit:.0f}", "--peak", str(found_peak)]
-    for option in ("shape", "tokens", "accumulate", "dtype"):
-        command += [f"--{option}", str(getattr(arguments, option))]
+    command = [python, __file__, "--section", name, "--seconds", f"{limit:.0f}"]
+    for option in ("shape", "tokens", "accumulate", "dtype", "pipeline-tokens", "updates"):
+        command += [f"--{option}", str(getattr(arguments, option.replace("-", "_")))]
+    command += [text for rate, value in found.items() for text in (f"--{rate}", str(value))]
+    command += ["--model", str(arguments.model)] * (arguments.model is not None) + ["--brief"] * (flags is not None)
+    command += ["--recipe", *arguments.recipe] * bool(arguments.recipe)
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(devices)))} if devices else {}
     environment = os.environ | visible | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     head = {"devices": devices or 1}
+    if flags is not None:
+        environment |= {"XLA_FLAGS": FLAGS[flags], "JAX_ENABLE_COMPILATION_CACHE": "false"}
+        head |= {"flags": flags}
     process = subprocess.Popen(
         [*command, "--devices", str(devices or 1)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=environment,
@@ -498,8 +601,8 @@ def run_section(arguments, name: str, devices: int, limit: float, found_peak: fl
             tail.append(line.rstrip())
             continue
         record = json.loads(line) | head
-        if record.get("what", "").startswith("bf16 product"):
-            found_peak = record["tflops"]
+        if name == "peak":
+            found |= {"peak": record["tflops"]} if "tflops" in record else {"copy": record["tb_per_second"]}
         write(out, record)
     code = process.wait()
     killer.cancel()
@@ -507,7 +610,6 @@ def run_section(arguments, name: str, devices: int, limit: float, found_peak: fl
     if code:
         end["error"] = "out of time" if time.monotonic() - begin >= limit else list(tail)
     write(out, end)
-    return found_peak
 
 
 def write(out, record) -> None:
@@ -521,7 +623,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("bench.jsonl"))
     parser.add_argument("--shape", choices=SHAPES, default="0.8b")
-    parser.add_argument("--only", default="peak,forward,refinement,statistics,delta,rounding,torch")
+    parser.add_argument("--only", default="peak,forward,refinement,statistics,delta,evaluation,rounding,torch")
     parser.add_argument("--devices", default="0", help="numbers of GPUs, as in 1,2; 0 for all that are there")
     parser.add_argument("--seconds", type=float, default=520.0, help="after which no section goes on")
     parser.add_argument("--tokens", type=int, default=1 << 20, help="most tokens of the statistics")
@@ -530,6 +632,12 @@ def main() -> None:
     parser.add_argument("--torch-python", default=sys.executable)
     parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
     parser.add_argument("--peak", type=float, default=0.0, help="TFLOP/s, where it is known")
+    parser.add_argument("--copy", type=float, default=0.0, help="TB/s, where it is known")
+    parser.add_argument("--model", type=Path, help="checkpoint of the section pipeline; the shape's own unless given")
+    parser.add_argument("--pipeline-tokens", type=int, default=1 << 17, help="tokens of its statistics")
+    parser.add_argument("--updates", type=int, default=50, help="of its refinement")
+    parser.add_argument("--recipe", nargs="+", default=[], help="overrides of its recipe, `spectral`")
+    parser.add_argument("--brief", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.section:
         arguments.devices_in_use = int(arguments.devices)
@@ -537,16 +645,27 @@ def main() -> None:
             Clock.listen()
         SECTIONS[arguments.section](arguments)
         return
-    start, peak_found = time.monotonic(), arguments.peak
+    start, found = time.monotonic(), {"peak": arguments.peak, "copy": arguments.copy}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("w") as out:
-        for name in arguments.only.split(","):
-            for devices in [int(n) for n in arguments.devices.split(",")] if name in SCALING else [0]:
-                left = arguments.seconds - (time.monotonic() - start)
-                if left < 15:
-                    write(out, {"section": name, "what": "not run: no time left"})
-                    continue
-                peak_found = run_section(arguments, name, devices, left * SHARES.get(name, 1.0), peak_found, out)
+        for name, devices, flags in planned(arguments):
+            left = arguments.seconds - (time.monotonic() - start)
+            if left < 15:
+                write(out, {"section": name, "what": "not run: no time left"})
+                continue
+            run_section(arguments, name, devices, left * SHARES.get(name, 1.0), found, out, flags)
+
+
+def planned(arguments) -> list[tuple[str, int, str | None]]:
+    """Sections in order, each with its number of devices (0 for all) and its flags (None for the environment's)."""
+    found = []
+    for name in arguments.only.split(","):
+        if name == "flags":
+            found += [(section, 0, flags) for flags in FLAGS for section in UNDER_FLAGS]
+        else:
+            counts = [int(n) for n in arguments.devices.split(",")] if name in SCALING else [0]
+            found += [(name, devices, None) for devices in counts]
+    return found
 
 
 if __name__ == "__main__":
