@@ -50,13 +50,13 @@ def check(folder: Path, texts: dict[str, str | Path]) -> None:
     Reading all of the pool takes a minute, which no accelerator should wait for.
     """
     from sqjax import sources
-    from sqjax.texts import fingerprints, overlap
+    from sqjax.fingerprints import known_documents, piece_of, prints_of
 
-    known = fingerprints(sources.open_texts(folder / "train.jsonl.gz"))
+    known = prints_of(map(piece_of, sources.open_texts(folder / "train.jsonl.gz")))
     counts = {}
     for name, text in (texts | {name: folder / f"{name}.jsonl" for name in ("watch", "watch_chat")}).items():
         documents = list(sources.open_texts(text))
-        counts[name] = {"documents": len(documents), "also trained on": len(overlap(known, documents))}
+        counts[name] = {"documents": len(documents), "also trained on": len(known_documents(known, documents))}
     (folder / "disjoint.json").write_text(json.dumps(counts, indent=1), encoding="utf-8")
 
 

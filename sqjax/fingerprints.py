@@ -163,6 +163,11 @@ def overlap(known: Prints, text: Sample) -> Overlap:
     return Overlap(float(known_N.sum() / text.words_N.sum()), pieces, float(passages.max()))
 
 
+def known_documents(known: Prints, documents: Iterable[Document]) -> list[Document]:
+    """Returns the documents and conversations more than half of whose words are known."""
+    return [document for document in documents if overlap(known, sample([piece_of(document)])).share > 0.5]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Beside a file
 

@@ -331,7 +331,9 @@ def test_the_command_writes_a_better_file_of_the_same_size(model, q4_k, text, tm
     options = {"text": text, "tokens": 1000, "settings": settings}
     result = sqjax.refine(model, q4_k, out, **options)
     assert out.stat().st_size == q4_k.stat().st_size and result["types"] == sqjax.inspect(q4_k)["types"]
-    before, after = (sqjax.evaluate(f, reference=model, text=text, length=32, windows=16)["kl"] for f in (q4_k, out))
+    # That distillation works is seen on the text that it saw; whether it helps elsewhere is not the question here.
+    measure = {"reference": model, "text": text, "length": 32, "windows": 16, "allow_overlap": True}
+    before, after = (sqjax.evaluate(file, **measure)["kl"] for file in (q4_k, out))
     assert after < before
     story, start = json.loads((tmp_path / "out.gguf.json").read_text()), sqjax.inspect(q4_k)
     assert story["start_sha256"] == start["sha256"] and story["start"] == start["provenance"]

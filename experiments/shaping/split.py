@@ -15,8 +15,9 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
+from sqjax.fingerprints import known_documents, piece_of, prints_of
 from sqjax.sources import open_texts
-from sqjax.texts import Document, overlap
+from sqjax.texts import Document
 
 
 def main() -> None:
@@ -34,10 +35,10 @@ def main() -> None:
         documents.sort(key=lambda document: hashlib.sha256(document.text.encode()).digest())
         drawn += documents[: asked.documents]
         rest += [] if domain in asked.outside else documents[asked.documents :]
-    like = {id(document) for document in overlap(drawn, rest)}
+    like = {id(document) for document in known_documents(prints_of(map(piece_of, drawn)), rest)}
     kept = [document for document in rest if id(document) not in like]
     # A short document may be found in pieces of many others.
-    known = {id(document) for document in overlap(kept, drawn)}
+    known = {id(document) for document in known_documents(prints_of(map(piece_of, kept)), drawn)}
     write(asked.folder / "calibration.jsonl.gz", kept)
     for domain in domains:
         side = "outside" if domain in asked.outside else "inside"
