@@ -8,6 +8,9 @@ the model with respect to the layer's output). Shaping raises the eigenvalues of
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +55,27 @@ def matmul(left: Float[Array, "*batch M K"], right: Float[Array, "*batch K N"]) 
     return jnp.matmul(left, right, precision="highest")
 
 
+def _one_by_one(function: Callable[[Array], Any]) -> Callable[[Array], Any]:
+    """Returns a factorization of one matrix that CPUs do of stacked ones in a loop.
+
+    There, a call of LAPACK for a stack waits for other threads of the pool that it holds a thread of: two calls at the
+    same time wait forever where the pool has two (seen with jaxlib 0.10.2).
+    """
+    in_a_loop = jax.custom_batching.sequential_vmap(function)
+    return lambda gram_II: jax.lax.platform_dependent(gram_II, cpu=in_a_loop, default=function)
+
+
+_eigh = _one_by_one(lambda gram_II: tuple(jnp.linalg.eigh(gram_II)))
+_cholesky = _one_by_one(lambda gram_II: jnp.linalg.cholesky(gram_II, symmetrize_input=False))
+
+
+def _stacked(function: Callable[[Array], Any], gram_II: Float[Array, "*batch I I"]) -> Any:
+    """Applies a factorization of one matrix to any stack of them."""
+    for _ in range(gram_II.ndim - 2):
+        function = jax.vmap(function)
+    return function(gram_II)
+
+
 def shape_gram(
     gram_II: Float[Array, "*batch I I"], gamma: float | Float[Array, ""], damping: float | Float[Array, ""]
 ) -> Float[Array, "*batch I I"]:
@@ -90,13 +114,17 @@ def _shaped(gram_II, gamma, damping, xp):
     gram_II = 0.5 * (gram_II + xp.swapaxes(gram_II, -1, -2))
     size = gram_II.shape[-1]
     mean = (xp.trace(gram_II, axis1=-2, axis2=-1) / size)[..., None]
-    eigenvalues_I, vectors_II = xp.linalg.eigh(gram_II / mean[..., None])
+    eigenvalues_I, vectors_II = _eigenvectors(gram_II / mean[..., None], xp)
     # Rounding in float32 leaves eigenvalues of about -1e-7 of the largest where A has no rank.
     damped_I = xp.maximum(eigenvalues_I, 0.0) + damping
     powered_I = damped_I**gamma
     powered_I = powered_I * (xp.sum(damped_I, axis=-1) / xp.sum(powered_I, axis=-1))[..., None] * mean
     product = np.matmul if xp is np else matmul
     return product(vectors_II * powered_I[..., None, :], xp.swapaxes(vectors_II, -1, -2))
+
+
+def _eigenvectors(gram_II, xp):
+    return np.linalg.eigh(gram_II) if xp is np else _stacked(_eigh, gram_II)
 
 
 def truncate_gram(gram_II: Float[Array, "*batch I I"], rank: int) -> Float[Array, "*batch I I"]:
@@ -107,7 +135,7 @@ def truncate_gram(gram_II: Float[Array, "*batch I I"], rank: int) -> Float[Array
     # On TPUs on the host, as for `shape_gram`.
     xp = np if jax.default_backend() == "tpu" else jnp
     gram_II = np.asarray(gram_II, np.float64) if xp is np else gram_II
-    eigenvalues_I, vectors_II = xp.linalg.eigh(0.5 * (gram_II + xp.swapaxes(gram_II, -1, -2)))
+    eigenvalues_I, vectors_II = _eigenvectors(0.5 * (gram_II + xp.swapaxes(gram_II, -1, -2)), xp)
     low_I = xp.broadcast_to(xp.mean(eigenvalues_I[..., : size - rank], axis=-1, keepdims=True), eigenvalues_I.shape)
     eigenvalues_I = xp.where(np.arange(size) < size - rank, low_I, eigenvalues_I)
     product = np.matmul if xp is np else matmul
@@ -126,9 +154,9 @@ def cholesky(gram_II: Float[Array, "*batch I I"]) -> Float[Array, "*batch I I"]:
 
     On TPUs in panels, in a loop: the compiler there does not finish the factorization of thousands of columns at once.
     """
+    whole = functools.partial(_stacked, _cholesky)
     if gram_II.shape[-1] <= 2 * _PANEL:
-        return jnp.linalg.cholesky(gram_II, symmetrize_input=False)
-    whole = lambda gram_II: jnp.linalg.cholesky(gram_II, symmetrize_input=False)  # noqa: E731
+        return whole(gram_II)
     return jax.lax.platform_dependent(gram_II, tpu=cholesky_in_panels, default=whole)
 
 

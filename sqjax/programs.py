@@ -147,7 +147,7 @@ def matrix_steps(mesh: Mesh, shape: tuple[int, int], count: int = 1) -> Iterator
     target_MON, number = array((many, rows, SUPER_BLOCK)), _array(mesh, (), jnp.int32)
     name = f"{rows}x{columns}"
     make = functools.partial(Program, "rounding")
-    yield make(f"factors of {columns}", rounding._feedback_factors, (gram_MII,))
+    yield make(f"factors of {columns}", jax.jit(jax.vmap(rounding._feedback_factors)), (gram_MII,))
     shifted = (weight_MOI, weight_MOI, gram_MII, array((many, columns)), number)
     yield make(f"target of {name}", rounding._shifted_target, shifted)
     rounded = (weight_MOI, weight_MOI, gram_MII, target_MON, block, number)

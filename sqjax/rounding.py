@@ -71,7 +71,7 @@ def feedback(problem: Problem, solution: Q4K | None, *, refit: bool = True) -> Q
         one = jax.tree.map(lambda leaf: leaf[None], (problem, solution))
         return jax.tree.map(lambda leaf: leaf[0], feedback(*one, refit=refit))
     weight_MOI = problem.weight_OI
-    strict_MII, importance_MI = _feedback_factors(problem.gram_in_II)
+    strict_MII, importance_MI = jax.vmap(_feedback_factors)(problem.gram_in_II)
     error_MOI = jnp.zeros_like(weight_MOI)
     blocks = []
     for s in range(weight_MOI.shape[-1] // SUPER_BLOCK):
@@ -86,7 +86,6 @@ def feedback(problem: Problem, solution: Q4K | None, *, refit: bool = True) -> Q
 
 
 @jax.jit
-@jax.vmap
 def _feedback_factors(gram_II):
     factor_II = upper_factor(gram_II)
     diagonal_I = jnp.diagonal(factor_II)
@@ -166,12 +165,10 @@ def two_sided_feedback(problem: Problem, solution: Q4K) -> Q4K:
     References:
       Tseng et al., Model-Preserving Adaptive Rounding (YAQA), 2025. https://arxiv.org/abs/2505.22988
     """
+    strict_II, _ = _feedback_factors(problem.gram_in_II)
+    strict_OO, _ = _feedback_factors(_gram_out(problem))
     weight_OI = problem.weight_OI
     rows, columns = weight_OI.shape
-    strict_II, strict_OO = (
-        jnp.triu(factor / jnp.diagonal(factor)[None, :], 1)
-        for factor in (upper_factor(problem.gram_in_II), upper_factor(_gram_out(problem)))
-    )
     step_OI, offset_OI = step_and_offset(solution)
     row_O = jnp.arange(rows)
 
