@@ -28,7 +28,7 @@ from sqjax.commands import (
     refine,
     sweep,
 )
-from sqjax.run import InputError
+from sqjax.run import InputError, interruptible
 
 _EPILOGUE = "MODEL: Hugging Face folder, hub id or GGUF file. TEXT: .txt, .jsonl, a folder of them, or a data set id."
 
@@ -327,7 +327,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         mesh.connect()
     commands = {name: _quietly(command) for name, command in COMMANDS.items()}
     try:
-        _print(*tyro.extras.subcommand_cli_from_dict(commands, prog="sqjax", args=arguments, description=_EPILOGUE))
+        with interruptible():
+            shown = tyro.extras.subcommand_cli_from_dict(commands, prog="sqjax", args=arguments, description=_EPILOGUE)
+        _print(*shown)
     except InputError as error:
         print(f"sqjax: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

@@ -17,6 +17,7 @@ from pathlib import Path
 MIB = 1 << 20
 _SECONDS_BETWEEN_LINES = 15.0
 _SECONDS_UNLOCKED = 5.0
+_interrupted = threading.Event()
 
 
 class InputError(Exception):
@@ -42,6 +43,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         _clear_up(path)
         yield temporary
+        heed_interruption()
         # mkstemp makes files that only their owner reads; a result is as public as the user's mask allows.
         mask = os.umask(0)
         os.umask(mask)
@@ -87,12 +89,18 @@ def progress(description: str) -> Iterator[Callable[..., None]]:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(description, total=None, note="")
-            yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=note)
+
+            def show(done: int, total: int, note: str = "") -> None:
+                heed_interruption()
+                bar.update(task, completed=done, total=total, note=note)
+
+            yield show
         return
     start = last = time.monotonic()
 
     def report(done: int, total: int, note: str = "") -> None:
         nonlocal last
+        heed_interruption()
         now = time.monotonic()
         if now - last >= _SECONDS_BETWEEN_LINES and 0 < done < total:
             left = datetime.timedelta(seconds=round((now - start) / done * (total - done)))
@@ -101,6 +109,32 @@ def progress(description: str) -> Iterator[Callable[..., None]]:
             last = now
 
     yield report
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Remembers SIGINT in the block: one that arrives while a compiler calls Python back is swallowed there."""
+
+    def note(number, frame):
+        _interrupted.set()
+        raise KeyboardInterrupt
+
+    _interrupted.clear()
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+        heed_interruption()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def heed_interruption() -> None:
+    """Raises KeyboardInterrupt if one was swallowed; called where a stage makes progress and before a file appears."""
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

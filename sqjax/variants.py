@@ -67,9 +67,7 @@ def quantize_variants(
             problems = [
                 problem
                 for name in names
-                for problem in shaped_problems(
-                    tensors[name], statistics.input_gram(name), statistics.outputs[name], recipes
-                )
+                for problem in shaped_problems(tensors[name], *statistics.grams(name), recipes)
             ]
             solutions = solve_shaped(problems, recipe.steps, recipe.sweeps)
         else:

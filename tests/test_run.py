@@ -1,7 +1,9 @@
 """Files appear whole or not at all; progress says how long it will take."""
 
+import contextlib
 import hashlib
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -80,3 +82,15 @@ def test_progress_on_a_terminal_writes_to_standard_error_only(monkeypatch, capsy
         report(1, 2)
     captured = capsys.readouterr()
     assert captured.out == "" and "working" in captured.err
+
+
+def test_an_interruption_that_is_swallowed_leaves_no_file(tmp_path):
+    with pytest.raises(KeyboardInterrupt), run.interruptible(), run.atomic_path(tmp_path / "file") as path:
+        path.write_text("whole")
+        # As in a call back from a compiler.
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert list(tmp_path.iterdir()) == []
+    with run.interruptible(), run.atomic_path(tmp_path / "file") as path:
+        path.write_text("whole")
+    assert (tmp_path / "file").read_text() == "whole"
