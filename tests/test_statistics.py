@@ -167,3 +167,15 @@ def test_importance_matrix_round_trip(model, tmp_path):
 def test_text_without_tokens_is_an_error(model):
     with pytest.raises(InputError, match="no tokens"):
         statistics.means(model.config, statistics.empty(model), windows(1))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_grams_have_the_precision_of_float32(dtype):
+    # Channels of very different scale, as large models have them: what is small must not drown in what is large.
+    random = np.random.default_rng(0)
+    rows = random.normal(size=(2, 2048, 48)) * np.exp2(random.integers(-8, 8, 48))
+    rows = jnp.asarray(rows, dtype)
+    exact = np.einsum("bti,btj->ij", *(np.asarray(rows, np.float64),) * 2)
+    gram = np.asarray(statistics.gram(rows), np.float64)
+    scale = np.sqrt(np.outer(np.diag(exact), np.diag(exact)))
+    assert gram.dtype == np.float64 and np.max(np.abs(gram - exact) / scale) < 1e-6

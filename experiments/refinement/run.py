@@ -11,6 +11,7 @@ the pool that nothing was trained on, and of which none is held out. The parts a
 
 import argparse
 import functools
+import gzip
 import json
 import shutil
 import subprocess
@@ -43,7 +44,9 @@ def encode_once(most: int) -> None:
         key = (texts.files, texts.seed, length, tokenizer.core.get_vocab_size())
         if key not in known or known[key][0] < tokens:
             known[key] = max(most, tokens), encode(texts, tokenizer, length, max(most, tokens))
-        return known[key][1][: max(1, round(tokens / length))]
+        windows_WT, prints = known[key][1]
+        # The hashes stay those of all of the text.
+        return windows_WT[: max(1, round(tokens / length))], prints
 
     calibration.calibration_windows = windows
 
@@ -62,7 +65,22 @@ class Bench:
 
     def text(self, name: str) -> Path:
         """A part of the pool."""
-        return self.arguments.split / f"{name}.jsonl{'.gz' * (name == 'train')}"
+        train = self.arguments.split / "train.jsonl.gz"
+        if name == "languages":
+            return workers.make_once(self.out, self.out / "languages.jsonl.gz", lambda: self._repeat(train))
+        return train if name == "train" else train.with_name(f"{name}.jsonl")
+
+    def _repeat(self, train: Path) -> None:
+        """Writes what is trained on with each document of many languages three times."""
+        from sqjax.run import atomic_path
+
+        with (
+            gzip.open(train, "rt") as lines,
+            atomic_path(self.out / "languages.jsonl.gz") as path,
+            gzip.open(path, "wt", compresslevel=1) as file,
+        ):
+            for line in lines:
+                file.write(line * (3 if json.loads(line)["domain"] == "multilingual" else 1))
 
     def plain(self, model: str) -> Path:
         """Plain rounding's file."""
@@ -101,7 +119,7 @@ class Bench:
 
         start, target = self.started(run.start), self.out / "files" / f"{run.name}.gguf"
         folder = self.out / "runs" / run.name
-        tokens = run.tokens if run.text == "train" else run.tokens * self.prompt_tokens(run.start.model)
+        tokens = run.tokens * (self.prompt_tokens(run.start.model) if run.text == "chat" else 1)
         looks = [f'watch="{self.text("watch_chat" if run.text == "chat" else "watch")}"']
         looks += [f"watch_windows={self.arguments.watch_windows}", f"watch_every={self.every(tokens, run)}"]
         settings = (*looks, "checkpoint_every=1000", *self.arguments.settings, *run.settings)

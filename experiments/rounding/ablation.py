@@ -78,7 +78,7 @@ def measure_at(arguments, counts: Sequence[int]) -> None:
 
     checkpoint = sources.open_model(arguments.model)
     texts = sources.open_texts([arguments.split / "train.jsonl.gz"], seed=arguments.seed)
-    windows_WT = calibration.calibration_windows(texts, checkpoint.tokenizer, arguments.length, max(counts))
+    windows_WT, _ = calibration.calibration_windows(texts, checkpoint.tokenizer, arguments.length, max(counts))
     model, total, first = sources.load_model(checkpoint), None, 0
     about = {"model": checkpoint.name, "text": ["pool"], "length": arguments.length, "seed": arguments.seed}
     for number, count in enumerate(sorted(counts)):

@@ -17,6 +17,7 @@ counted; attention scores and the delta rule are left out, so that utilisations 
 
 import argparse
 import collections
+import functools
 import glob
 import json
 import os
@@ -160,15 +161,17 @@ def random_model(config, dtype):
 
     from sqjax.model import Qwen35
 
-    def make(key):
-        tensors = {}
-        for index, (name, shape) in enumerate(config.tensor_shapes().items()):
-            value = jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32)
-            ones = -jnp.ones(shape) if name.endswith("ssm_a") else jnp.ones(shape)
-            tensors[name] = value * shape[-1] ** -0.5 if len(shape) > 1 else ones
-        return Qwen35.from_tensors(config, tensors, dtype=dtype)
+    # A program for each shape: one for all tensors would be minutes of compilation, a generator in each.
+    @functools.partial(jax.jit, static_argnums=0)
+    def draw(shape, key):
+        return jax.random.normal(key, shape, jnp.float32) * shape[-1] ** -0.5
 
-    return jax.block_until_ready(jax.jit(make)(jax.random.key(0)))
+    keys = jax.random.split(jax.random.key(0), len(config.tensor_shapes()))
+    tensors = {}
+    for key, (name, shape) in zip(keys, config.tensor_shapes().items()):
+        ones = -jnp.ones(shape) if name.endswith("ssm_a") else jnp.ones(shape)
+        tensors[name] = draw(shape, key).astype(dtype) if len(shape) > 1 else ones
+    return jax.block_until_ready(Qwen35.from_tensors(config, tensors, dtype=dtype))
 
 
 def matrix_weights(config) -> int:
@@ -353,7 +356,7 @@ def refinement(arguments) -> None:
     settings = Refinement(length=length, batch=batch, accumulate=arguments.accumulate, dtype="auto")
     settings = dataclasses.replace(settings, accumulate=micro_batches(config, settings))
     mesh = meshes.create()
-    start = meshes.place(jax.jit(random_start, static_argnums=0)(config, jax.random.key(2)), mesh)
+    start = meshes.place(random_start(config, jax.random.key(2)), mesh)
     student = jax.jit(initial)(start)
     state = {"state": meshes.place(State(student, optimizer_of(settings).init(student)), mesh)}
     teacher = meshes.place(random_model(config, settings.compute_dtype), mesh)
@@ -386,6 +389,10 @@ def random_start(config, key):
     from sqjax.q4_k import Q4K
     from sqjax.refinement import start_of
 
+    @functools.partial(jax.jit, static_argnums=0)
+    def draw(shape, key):
+        return jax.random.randint(key, shape, 0, 16, jnp.uint8)
+
     tensors = {}
     for index, (name, shape) in enumerate(config.tensor_shapes().items()):
         if not is_matrix(name, shape):
@@ -395,7 +402,7 @@ def random_start(config, key):
         d = jnp.full((rows, blocks), shape[1] ** -0.5 / 48 / 5, jnp.float16)
         scales = jnp.full((rows, blocks, 8), 48, jnp.uint8)
         code_key = jax.random.fold_in(key, index)
-        codes = jax.random.randint(code_key, (rows, blocks, 8, 32), 0, 16, jnp.uint8)
+        codes = draw((rows, blocks, 8, 32), code_key)
         tensors[name] = Q4K(d, d * jnp.float16(7.5), scales, scales, codes)
     return start_of(config, tensors)
 
@@ -608,7 +615,7 @@ def run_section(arguments, name: str, devices: int, limit: float, found: dict, o
     killer.cancel()
     end = {"section": name, "what": "end", "code": code, "seconds": round(time.monotonic() - begin, 1)} | head
     if code:
-        end["error"] = "out of time" if time.monotonic() - begin >= limit else list(tail)
+        end["error"] = ["out of time"] * (time.monotonic() - begin >= limit) + list(tail)
     write(out, end)
 
 
