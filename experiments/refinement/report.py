@@ -135,6 +135,8 @@ def seeds(rows: Sequence[Row], model: str) -> str:
     spread = (
         f"{len(refined)} seeds: mean {sum(refined) / len(refined):.3f}, {min(refined):.3f} to {max(refined):.3f}.\n"
     )
+    others = [row for row in rows if row.get("text") == "languages" and row["start"].startswith(f"{model}.train")]
+    lines += [(row["label"], row) for row in others]
     title = "Seeds" if model == "even" else "Uneven channels"
     return "\n".join([f"## {title}\n", ratios(lines), spread, recoveries(lines)])
 
