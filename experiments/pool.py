@@ -31,6 +31,19 @@ def split(pool: Path, folder: Path, prompts: int = 360) -> None:
     (folder / "train.jsonl.gz").write_bytes(gzip.compress(_lines(trained).encode(), 6, mtime=0))
 
 
+def repeat(text: Path, target: Path, domain: str, times: int = 3) -> None:
+    """Writes a text with each document of a domain several times."""
+    from sqjax.run import atomic_path
+
+    with (
+        gzip.open(text, "rt", encoding="utf-8") as lines,
+        atomic_path(target) as path,
+        gzip.open(path, "wt", compresslevel=1, encoding="utf-8") as file,
+    ):
+        for line in lines:
+            file.write(line * (times if json.loads(line)["domain"] == domain else 1))
+
+
 def _whole(row: Mapping[str, str]) -> str:
     """What a document is a part of: a conversation's number tells documents apart, a chunk's number parts of one."""
     return row["source"] if row["domain"] == "chat" else row["source"].split("#")[0]

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from sqjax import mesh as meshes
 from sqjax.config import READERS, ModelConfig, tensor_name
+from sqjax.delta_rule import product
 from sqjax.mesh import BATCH, BY_BATCH, COPIED, DATA, MODEL
 from sqjax.model import Qwen35
 from sqjax.run import InputError
@@ -140,12 +141,8 @@ def folded(sums: Sums, mesh: jax.sharding.Mesh) -> Sums:
 def gram(rows_ND: Float[Array, "*N D"]) -> Float[Array, "D D"]:
     """Returns the sum of x x^T over the rows x, with float32 products and sums whatever their type."""
     rows_ND = rows_ND.reshape(-1, rows_ND.shape[-1])
-    if rows_ND.dtype == jnp.bfloat16:
-        # Products of two bfloat16 numbers are exact in float32: what matrix units do with them anyway, and many times
-        # as fast as products of float32 numbers.
-        return jnp.einsum("ni,nj->ij", rows_ND, rows_ND, preferred_element_type=jnp.float32)
-    rows_ND = rows_ND.astype(jnp.float32)
-    return jnp.einsum("ni,nj->ij", rows_ND, rows_ND, precision="highest")
+    # Products of two bfloat16 numbers are exact in float32, and matrix units form them.
+    return product("ni,nj->ij", rows_ND, rows_ND, jnp.float32)
 
 
 @jax.custom_vjp

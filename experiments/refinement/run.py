@@ -11,7 +11,6 @@ the pool that nothing was trained on, and of which none is held out. The parts a
 
 import argparse
 import functools
-import gzip
 import json
 import shutil
 import subprocess
@@ -65,22 +64,10 @@ class Bench:
 
     def text(self, name: str) -> Path:
         """A part of the pool."""
-        train = self.arguments.split / "train.jsonl.gz"
         if name == "languages":
-            return workers.make_once(self.out, self.out / "languages.jsonl.gz", lambda: self._repeat(train))
-        return train if name == "train" else train.with_name(f"{name}.jsonl")
-
-    def _repeat(self, train: Path) -> None:
-        """Writes what is trained on with each document of many languages three times."""
-        from sqjax.run import atomic_path
-
-        with (
-            gzip.open(train, "rt") as lines,
-            atomic_path(self.out / "languages.jsonl.gz") as path,
-            gzip.open(path, "wt", compresslevel=1) as file,
-        ):
-            for line in lines:
-                file.write(line * (3 if json.loads(line)["domain"] == "multilingual" else 1))
+            target = self.out / "languages.jsonl.gz"
+            return workers.make_once(self.out, target, lambda: pool.repeat(self.text("train"), target, "multilingual"))
+        return self.arguments.split / f"{name}.jsonl{'.gz' * (name == 'train')}"
 
     def plain(self, model: str) -> Path:
         """Plain rounding's file."""

@@ -17,7 +17,6 @@ counted; attention scores and the delta rule are left out, so that utilisations 
 
 import argparse
 import collections
-import functools
 import glob
 import json
 import os
@@ -161,16 +160,12 @@ def random_model(config, dtype):
 
     from sqjax.model import Qwen35
 
-    # A program for each shape: one for all tensors would be minutes of compilation, a generator in each.
-    @functools.partial(jax.jit, static_argnums=0)
-    def draw(shape, key):
-        return jax.random.normal(key, shape, jnp.float32) * shape[-1] ** -0.5
-
-    keys = jax.random.split(jax.random.key(0), len(config.tensor_shapes()))
+    # Not in one jitted function: it would hold a generator for each tensor, and take minutes to compile.
     tensors = {}
-    for key, (name, shape) in zip(keys, config.tensor_shapes().items()):
+    for index, (name, shape) in enumerate(config.tensor_shapes().items()):
+        value = jax.random.normal(jax.random.key(index), shape, dtype) * shape[-1] ** -0.5
         ones = -jnp.ones(shape) if name.endswith("ssm_a") else jnp.ones(shape)
-        tensors[name] = draw(shape, key).astype(dtype) if len(shape) > 1 else ones
+        tensors[name] = value if len(shape) > 1 else ones
     return jax.block_until_ready(Qwen35.from_tensors(config, tensors, dtype=dtype))
 
 
@@ -389,10 +384,6 @@ def random_start(config, key):
     from sqjax.q4_k import Q4K
     from sqjax.refinement import start_of
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def draw(shape, key):
-        return jax.random.randint(key, shape, 0, 16, jnp.uint8)
-
     tensors = {}
     for index, (name, shape) in enumerate(config.tensor_shapes().items()):
         if not is_matrix(name, shape):
@@ -402,7 +393,7 @@ def random_start(config, key):
         d = jnp.full((rows, blocks), shape[1] ** -0.5 / 48 / 5, jnp.float16)
         scales = jnp.full((rows, blocks, 8), 48, jnp.uint8)
         code_key = jax.random.fold_in(key, index)
-        codes = draw((rows, blocks, 8, 32), code_key)
+        codes = jax.random.randint(code_key, (rows, blocks, 8, 32), 0, 16, jnp.uint8)
         tensors[name] = Q4K(d, d * jnp.float16(7.5), scales, scales, codes)
     return start_of(config, tensors)
 
