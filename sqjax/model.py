@@ -294,9 +294,14 @@ def attention(
 ) -> Float[Array, "B T H E"]:
     """Causal softmax attention, H / K query heads reading each key/value head; scores and result are float32.
 
-    Beyond 512 tokens the queries come in blocks, recomputed in the backward pass: memory grows with T, not T^2.
+    Beyond 512 tokens the queries come in blocks, recomputed in the backward pass: memory grows with T, not T^2. Where
+    cuDNN's fused attention can be had it takes both places; its products, sums and softmax have the same types.
     """
     batch, time, heads, dim = q_BTHE.shape
+    if _fused(q_BTHE):
+        return jax.nn.dot_product_attention(q_BTHE, k_BTKE, v_BTKE, is_causal=True, implementation="cudnn").astype(
+            jnp.float32
+        )
     size = min(time, _QUERY_BLOCK)
 
     def attend(block):
@@ -315,6 +320,14 @@ def attention(
     blocks = jnp.moveaxis(q_BTHE.reshape(batch, -1, size, k_BTKE.shape[2], *grouped), 1, 0)
     out = jax.lax.map(jax.checkpoint(attend, prevent_cse=False), (jnp.arange(len(blocks)) * size, blocks))
     return jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, dim)[:, :time]
+
+
+def _fused(q_BTHE: Array) -> bool:
+    """Whether cuDNN's attention takes these queries; before Hopper it wants heads of at most 128 dimensions."""
+    if jax.default_backend() != "gpu" or q_BTHE.dtype != jnp.bfloat16:
+        return False
+    major = float(getattr(jax.local_devices()[0], "compute_capability", 0))
+    return q_BTHE.shape[-1] % 8 == 0 and q_BTHE.shape[-1] <= (256 if major >= 9 else 128 if major >= 8 else 0)
 
 
 def _rotate(x_BTHE: Float[Array, "B T H E"], config: ModelConfig) -> Float[Array, "B T H E"]:

@@ -210,6 +210,29 @@ def test_attention_in_blocks_is_softmax_attention(monkeypatch, time):
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN's attention needs an NVIDIA GPU")
+@pytest.mark.parametrize("time, dim", [(512, 256), (700, 256), (2048, 128)])
+def test_fused_attention_is_the_plain_one(monkeypatch, time, dim):
+    shapes = [(2, time, heads, dim) for heads in (8, 2, 2, 8)]
+    q, k, v, weight = (
+        jax.random.normal(jax.random.key(i), shape).astype(jnp.bfloat16) for i, shape in enumerate(shapes)
+    )
+
+    def everything(fused):
+        if not fused:
+            monkeypatch.setattr(model_module, "_fused", lambda q: False)
+        total = lambda *qkv: jnp.sum(attention(*qkv) * weight.astype(jnp.float32))  # noqa: E731
+        options = {"xla_gpu_deterministic_ops": True}
+        return jax.jit(lambda *qkv: (attention(*qkv), *jax.grad(total, (0, 1, 2))(*qkv)), compiler_options=options)(
+            q, k, v
+        )
+
+    assert model_module._fused(q)
+    for found, expected in zip(everything(True), everything(False), strict=True):
+        found, expected = (np.asarray(x, np.float32) for x in (found, expected))
+        assert np.linalg.norm(found - expected) < 1e-2 * np.linalg.norm(expected)
+
+
 def loss(logits_BTV, tokens_BT):
     log_p_BTV = jax.nn.log_softmax(logits_BTV)
     return -jnp.mean(jnp.take_along_axis(log_p_BTV[:, :-1], tokens_BT[:, 1:, None], axis=-1))

@@ -7,16 +7,23 @@ from typing import Any
 PARTS = ("start", "curve", "seeds", "ablation", "chosen", "languages", "chat", "uneven", "size", "also", "runtime")
 # What the ablation tries in the place of the defaults; the best of each group by watch goes into what is chosen.
 # The first names leave a group's decision to chance the least, and are run first.
+_LONGER = ("softness_end=0.002", "soft_share=0.9")
 GROUPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "end of the temperature": {
-        "softness_end 0.005": ("softness_end=0.005",),
-        "softness_end 0.005, soft_share 1": ("softness_end=0.005", "soft_share=1.0"),
         "softness_end 0.002, soft_share 0.9": ("softness_end=0.002", "soft_share=0.9"),
+        "softness_end 0.005, soft_share 1": ("softness_end=0.005", "soft_share=1.0"),
         "softness 0.15 to 0.002, soft_share 0.95": ("softness=0.15", "softness_end=0.002", "soft_share=0.95"),
+        "softness_end 0.0005, soft_share 1": ("softness_end=0.0005", "soft_share=1.0"),
     },
-    "share of soft updates": {
-        "soft_share 0.9": ("soft_share=0.9",),
-        "soft_share 1": ("soft_share=1.0",),
+    "batch and rate under a longer fall": {
+        "batch 16": ("batch=16", *_LONGER),
+        "codes_rate 0.009": ("codes_rate=0.009", *_LONGER),
+        "batch 16, codes_rate 0.004": ("batch=16", "codes_rate=0.004", *_LONGER),
+        "batch 8, codes_rate 0.004": ("batch=8", "codes_rate=0.004", *_LONGER),
+        "cosine": ('schedule="cosine"', *_LONGER),
+        "displacement 0.8": ("displacement=0.8", *_LONGER),
+        "codes_rate 0.014": ("codes_rate=0.014", *_LONGER),
+        "d_rate and vectors_rate 0.0002": ("d_rate=0.0002", "vectors_rate=0.0002", *_LONGER),
     },
     "what moves": {
         "codes alone": ("d_rate=0.0", "train_vectors=false"),
@@ -27,15 +34,6 @@ GROUPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "hard or soft": {
         "hard codes 0.012": ("softness=0.0", "codes_rate=0.012"),
-    },
-    "displacement": {
-        "displacement 0.5": ("displacement=0.5",),
-        "displacement 0.8": ("displacement=0.8",),
-    },
-    "batch and rate": {
-        "codes_rate 0.004": ("codes_rate=0.004",),
-        "codes_rate 0.009": ("codes_rate=0.009",),
-        "batch 16": ("batch=16",),
     },
 }
 DEFAULTS = "defaults"
