@@ -31,7 +31,7 @@ from sqjax.config import ModelConfig, is_matrix
 from sqjax.fingerprints import UNKNOWN, Prints, Seen, pieces_of, prints_of, read_beside, union, write_beside
 from sqjax.model import Qwen35
 from sqjax.run import InputError, atomic_path
-from sqjax.statistics import PROJECTIONS, Statistics, Sums, accumulate, empty, folded, input_name, means, parts, spread
+from sqjax.statistics import PROJECTIONS, Statistics, Sums, accumulator, empty, folded, input_name, means, parts, spread
 from sqjax.texts import Texts
 from sqjax.tokens import Tokenizer, encode_conversation, pack_windows
 
@@ -107,7 +107,9 @@ def collect(
         key = jax.random.key(seed)
         for index in range(first, total):
             tokens_BT, mask_BT = meshes.place(_batch(windows_WT, index, batch), mesh, meshes.BY_BATCH)
-            sums = accumulate(model, sums, tokens_BT, mask_BT, jax.random.fold_in(key, index), chunk=chunk, mesh=mesh)
+            sums = accumulator()(
+                model, sums, tokens_BT, mask_BT, jax.random.fold_in(key, index), chunk=chunk, mesh=mesh
+            )
             if manager is not None and (index + 1) % save_every == 0:
                 # What goes on is what was saved, so that a resumed run has the same bits on any number of devices.
                 whole = folded(sums, mesh)

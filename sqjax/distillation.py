@@ -37,7 +37,17 @@ from sqjax.gguf_file import GGUFTensors
 from sqjax.mesh import BATCH, COPIED, to_host
 from sqjax.model import Qwen35, abstract
 from sqjax.q4_k import Q4K
-from sqjax.refinement import Refinement, Student, harden_student, initial, kinds, model_loss, model_of, start_of
+from sqjax.refinement import (
+    Refinement,
+    Student,
+    drawn_back,
+    harden_student,
+    initial,
+    kinds,
+    model_loss,
+    model_of,
+    start_of,
+)
 from sqjax.run import InputError, interruption
 from sqjax.run_folder import metrics
 
@@ -67,7 +77,7 @@ def optimizer_of(settings: Refinement) -> optax.GradientTransformation:
         kind: optax.chain(adam, optax.scale(-rate)) if rate else optax.set_to_zero()
         for kind, rate in settings.rates.items()
     }
-    return optax.multi_transform(steps, kinds)
+    return optax.multi_transform(steps | {"still": optax.set_to_zero()}, kinds)
 
 
 # What a device gets of an update's arguments: rows of matrices, rows of windows, or all.
@@ -86,10 +96,6 @@ def make_update(
     """
     optimizer, dtype = optimizer_of(settings), settings.compute_dtype
     loss_of = functools.partial(model_loss, chunk=settings.chunk, remat=settings.remat)
-    # Sums in an order of their own would make two runs differ in their last bits. XLA tunes no Triton product where it
-    # has to be deterministic, and untuned they take five times as long as all the rest; cuBLAS's need no tuning.
-    options = {"xla_gpu_deterministic_ops": True, "xla_gpu_enable_triton_gemm": False}
-    options = options if jax.default_backend() == "gpu" else None
 
     def update(state, teacher, start, tokens_ABT, weight_ABT, multiplier, temperature):
         form = lambda student: model_of(config, student, start, dtype, temperature)  # noqa: E731
@@ -107,11 +113,14 @@ def make_update(
         # Adam's bias correction raises a float to an integer power.
         with jax.numpy_dtype_promotion("standard"):
             changes, moments = optimizer.update(pull_back(gradient)[0], state.moments)
-        student = jax.tree.map(lambda leaf, change: leaf + multiplier * change, state.student, changes)
+        student = state.student
+        if settings.pull:
+            student = drawn_back(student, multiplier * settings.codes_rate * settings.pull)
+        student = jax.tree.map(lambda leaf, change: leaf + multiplier.astype(leaf.dtype) * change, student, changes)
         return State(student, moments), loss
 
     update = meshes.over(mesh, update, _SPREAD, lambda specs: (specs[0], COPIED))
-    return jax.jit(update, donate_argnums=0, compiler_options=options)
+    return jax.jit(update, donate_argnums=0, compiler_options=meshes.one_order())
 
 
 def rows_of_update(seed: int, step: int, batch: int, total: int) -> Int64[np.ndarray, "B"]:

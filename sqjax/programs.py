@@ -96,7 +96,7 @@ def statistics_of(
     key = placed(jax.eval_shape(lambda: jax.random.key(0)), mesh)
     tokens_BT, mask_BT = (_array(mesh, (batch, length), kind, BY_BATCH) for kind in (jnp.int32, jnp.float32))
     arguments = (_model(config, mesh, dtype), wide, tokens_BT, mask_BT, key)
-    yield Program("statistics", "accumulate", statistics.accumulate, arguments, {"mesh": mesh, "chunk": chunk})
+    yield Program("statistics", "accumulate", statistics.accumulator(), arguments, {"mesh": mesh, "chunk": chunk})
     yield Program("statistics", "folded", statistics.folded, (wide,), {"mesh": mesh})
 
 

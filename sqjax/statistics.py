@@ -11,7 +11,7 @@ memory for any vocabulary); as the table its rows weigh the number of times they
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -166,7 +166,12 @@ def _observe_backward(residuals, cotangent):
 observe.defvjp(_observe_forward, _observe_backward)
 
 
-@functools.partial(jax.jit, donate_argnums=1, static_argnames=("chunk", "mesh"))
+@functools.cache
+def accumulator() -> Callable[..., Sums]:
+    """Returns `accumulate` jitted, which reuses the memory of the sums that it is given."""
+    return jax.jit(accumulate, donate_argnums=1, static_argnames=("chunk", "mesh"), compiler_options=meshes.one_order())
+
+
 def accumulate(
     model: Qwen35,
     sums: Sums,

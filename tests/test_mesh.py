@@ -112,11 +112,11 @@ def test_batches_are_not_compiled_again(tmp_path):
     random_checkpoint.write(tmp_path / "model")
     network = sources.load_model(sources.open_model(tmp_path / "model"))
     rows = np.random.default_rng(0).integers(0, 400, (11, 16)).astype(np.int32)
-    before = statistics.accumulate._cache_size()
+    before = statistics.accumulator()._cache_size()
     # Three batches, the last of which is not full, and a second run.
     for _ in range(2):
         calibration.collect(network, rows, batch=4)
-    assert statistics.accumulate._cache_size() == before + 1
+    assert statistics.accumulator()._cache_size() == before + 1
     before = evaluation._hidden._cache_size(), evaluation._score_batch._cache_size()
     conversations = evaluation.Sequences(tuple(rows[:, :12]), ("a",) * 11, (np.zeros(12, np.int32),) * 11)
     for _ in range(2):

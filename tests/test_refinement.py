@@ -41,12 +41,13 @@ def moved(values, spread, seed=1):
     """Latent values away from the centres of their cells."""
     generator = np.random.default_rng(seed)
     unit = {"codes_OI": 1.0, "scales_OSG": 1.0, "mins_OSG": 1.0, "d_OS": 0.05, "dmin_OS": 0.05}
-    return refinement.Latent(
+    return dataclasses.replace(
+        values,
         **{
             name: leaf + (spread * unit[name] * generator.standard_normal(leaf.shape)).astype(np.float32)
             for name in unit
             for leaf in (getattr(values, name),)
-        }
+        },
     )
 
 

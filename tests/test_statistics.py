@@ -32,7 +32,7 @@ def windows(count, length=24, seed=0):
 def accumulate(model, rows, key=0):
     mask = jnp.asarray(rows >= 0, jnp.float32)
     tokens = jnp.asarray(np.maximum(rows, 0))
-    return statistics.accumulate(model, statistics.empty(model), tokens, mask, jax.random.key(key), chunk=32)
+    return statistics.accumulator()(model, statistics.empty(model), tokens, mask, jax.random.key(key), chunk=32)
 
 
 def test_grams_are_sums_over_tokens_of_inputs_and_gradients(model):

@@ -259,7 +259,7 @@ def statistics(arguments) -> None:
     import jax.numpy as jnp
 
     from sqjax import mesh as meshes
-    from sqjax.statistics import accumulate, empty, spread
+    from sqjax.statistics import accumulator, empty, spread
 
     config = config_of(arguments.shape)
     length, _, batch, _ = SIZES[arguments.shape]
@@ -271,7 +271,7 @@ def statistics(arguments) -> None:
     text = (*meshes.place(text, mesh, meshes.BY_BATCH), jax.random.key(0))
 
     def call():
-        state["sums"] = jax.block_until_ready(accumulate(model, state["sums"], *text, mesh=mesh))
+        state["sums"] = jax.block_until_ready(accumulator()(model, state["sums"], *text, mesh=mesh))
 
     with Clock() as clock:
         call()
