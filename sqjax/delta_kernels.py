@@ -39,7 +39,7 @@ DIM = 128
 _BLOCK = 16
 _COLUMNS = 64
 # Warps of a program, and stages of the pipeline that loads ahead.
-_INVERSE, _PREPARE, _RECUR, _BACKWARD = (1, 1), (4, 1), (4, 2), (8, 1)
+_INVERSE, _PREPARE, _RECUR, _BACKWARD = (1, 1), (4, 1), (4, 2), (4, 1)
 
 
 def serve(dim: int, chunk: int, dtype) -> bool:
@@ -189,12 +189,12 @@ def _inverse_kernel(k_ref, total_ref, beta_ref, inverse_ref):
         return beta[i][:, None] * jnp.exp(difference) * _dot(k[i], k[j], (1, 1))
 
     exact = functools.partial(_dot, precision=lax.Precision.HIGHEST)
-    inverse = {(i, i): _inverse_by_halves(lower(i, i), exact) for i in range(count)}
-    for j in range(count):
-        for i in range(j + 1, count):
+    inverse = {}
+    for i in range(count):
+        inverse[i, i] = _inverse_by_halves(lower(i, i), exact)
+        for j in range(i):
             known = sum(exact(lower(i, m), inverse[m, j]) for m in range(j, i))
             inverse[i, j] = -exact(inverse[i, i], known)
-    for i in range(count):
         for j in range(count):
             inverse_ref[parts[i], parts[j]] = inverse.get((i, j), jnp.zeros((_BLOCK, _BLOCK), jnp.float32))
 
@@ -308,33 +308,50 @@ def _read_back_kernel(
     q_ref, k_ref, fresh_ref, recall_ref, grad_out_ref, start_ref, end_ref, total_ref,
     grad_q_ref, grad_k_ref, grad_fresh_ref, grad_recall_ref, grad_total_ref,
 ):  # fmt: skip
-    """From cotangents of a chunk's outputs and of its last state, those of all but `inverse`, keys' in part."""
-    q, k, grad_out, total_C = q_ref[:], k_ref[:], grad_out_ref[:], total_ref[:]
-    decay_CS = _decay(total_C)
-    grad_read = _narrow(_dot(grad_out, start_ref[:], (1, 1)))
-    grad_attend_CS = _dot(grad_out, fresh_ref[:], (1, 1)) - _dot(grad_read, recall_ref[:], (1, 1))
-    grad_attend_CS = grad_attend_CS * decay_CS
-    scores_CS = _dot(q, k, (1, 1))
-    attend_CS = _narrow(scores_CS * decay_CS)
-    weight_CS, grad_attend_CS = grad_attend_CS * scores_CS, _narrow(grad_attend_CS)
-    read_CE = grad_read.astype(jnp.float32) * jnp.exp(total_C)[:, None]
-    grad_q_ref[:] = _narrow(read_CE + _dot(grad_attend_CS, k))
+    """From cotangents of a chunk's outputs and of its last state, those of all but `inverse`, keys' in part.
+
+    By halves of the columns: whole, the factors and sums would not fit the registers.
+    """
+    halves = [pl.ds(i, DIM // 2) for i in (0, DIM // 2)]
+    grad_out, total_C = grad_out_ref[:], total_ref[:]
+    start_C, decay_CS = jnp.exp(total_C), _decay(total_C)
+    grad_read = [_narrow(_dot(grad_out, start_ref[half], (1, 1))) for half in halves]
+    grad_attend_CS = _dot(grad_out, fresh_ref[:], (1, 1))
+    for half, grad in zip(halves, grad_read):
+        grad_attend_CS -= _dot(grad, recall_ref[:, half], (1, 1))
+    scores_CS = _dot(q_ref[:], k_ref[:], (1, 1)) * decay_CS
+    weight_CS, attend_CS = grad_attend_CS * scores_CS, _narrow(scores_CS)
+    grad_attend_CS = _narrow(grad_attend_CS * decay_CS)
     grad_total_C = jnp.sum(weight_CS, axis=1) - jnp.sum(weight_CS, axis=0)
-    grad_total_C += jnp.sum(read_CE * q.astype(jnp.float32), axis=1)
+    for half, grad in zip(halves, grad_read):
+        read_CE = grad.astype(jnp.float32) * start_C[:, None]
+        grad_total_C += jnp.sum(read_CE * q_ref[:, half].astype(jnp.float32), axis=1)
+        grad_q_ref[:, half] = _narrow(read_CE + _dot(grad_attend_CS, k_ref[:, half]))
 
     last = total_ref[CHUNK - 1]
-    end_C = jnp.exp(last - total_C)
-    delta = (fresh_ref[:].astype(jnp.float32) - _dot(recall_ref[:], start_ref[:])) * end_C[:, None]
-    grad_k_ref[:] = _narrow(_dot(grad_attend_CS, q, (0, 0)) + _dot(_narrow(delta), end_ref[:], (1, 1)))
-    grad_delta = _dot(k, end_ref[:])
-    end_weight_C = jnp.sum(grad_delta * delta, axis=1)
-    grad_delta = grad_delta * end_C[:, None]
-    grad_fresh_ref[:] = _narrow(grad_delta + _dot(attend_CS, grad_out, (0, 0)))
-    grad_recall = _dot(_narrow(grad_delta), start_ref[:], (1, 1)) + _dot(attend_CS, grad_read, (0, 0))
-    grad_recall_ref[:] = _narrow(-grad_recall)
-    through = jnp.sum(start_ref[:].astype(jnp.float32) * end_ref[:].astype(jnp.float32)) * jnp.exp(last)
-    is_last_C = lax.broadcasted_iota(jnp.int32, (CHUNK,), 0) == CHUNK - 1
-    grad_total_ref[:] = grad_total_C - end_weight_C + jnp.where(is_last_C, through + jnp.sum(end_weight_C), 0.0)
+    end_C, deltas, grad_deltas = jnp.exp(last - total_C), [], []
+    for half in halves:
+        delta = fresh_ref[:, half].astype(jnp.float32) - _dot(recall_ref[:], start_ref[:, half])
+        grad_delta = _dot(k_ref[:], end_ref[:, half]) * end_C[:, None]
+        weight_C = jnp.sum(grad_delta * delta, axis=1)
+        grad_total_C += jnp.where(_is_last(), jnp.sum(weight_C), 0.0) - weight_C
+        grad_fresh_ref[:, half] = _narrow(grad_delta + _dot(attend_CS, grad_out_ref[:, half], (0, 0)))
+        deltas.append(_narrow(delta * end_C[:, None]))
+        grad_deltas.append(_narrow(grad_delta))
+    through = jnp.zeros((), jnp.float32)
+    for half, grad in zip(halves, grad_read):
+        grad_k, grad_recall = _dot(grad_attend_CS, q_ref[:, half], (0, 0)), _dot(attend_CS, grad, (0, 0))
+        for columns, delta, grad_delta in zip(halves, deltas, grad_deltas):
+            start, end = start_ref[half, columns], end_ref[half, columns]
+            grad_k += _dot(delta, end, (1, 1))
+            grad_recall += _dot(grad_delta, start, (1, 1))
+            through += jnp.sum(start.astype(jnp.float32) * end.astype(jnp.float32))
+        grad_k_ref[:, half], grad_recall_ref[:, half] = _narrow(grad_k), _narrow(-grad_recall)
+    grad_total_ref[:] = grad_total_C + jnp.where(_is_last(), through * jnp.exp(last), 0.0)
+
+
+def _is_last():
+    return lax.broadcasted_iota(jnp.int32, (CHUNK,), 0) == CHUNK - 1
 
 
 def _prepare_back_kernel(
