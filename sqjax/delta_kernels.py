@@ -102,32 +102,40 @@ def _call(kernel, grid, inputs, outputs, how, interpret):
         out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs],
         compiler_params=triton.CompilerParams(num_warps=how[0], num_stages=how[1]),
         interpret=interpret,
-        name=kernel.func.__name__ if isinstance(kernel, functools.partial) else kernel.__name__,
+        name=kernel.__name__,
     )(*(array for array, _ in inputs))
+
+
+# Programs that start together read what lies together: heads come first in grids, columns of one head before them.
 
 
 def _tokens(heads: int, chunks: int | None = None) -> pl.BlockSpec:
     """Tokens [B, T, heads, E] of one head: of a chunk, or some columns of all `chunks`."""
     if chunks is None:
-        return pl.BlockSpec((None, CHUNK, None, DIM), lambda b, h, n: (b, n, lax.rem(h, heads), 0))
-    return pl.BlockSpec((None, chunks * CHUNK, None, DIM), lambda b, h, c: (b, 0, lax.rem(h, heads), 0))
+        return pl.BlockSpec((None, CHUNK, None, DIM), lambda h, n, b: (b, n, lax.rem(h, heads), 0))
+    return pl.BlockSpec((None, chunks * CHUNK, None, DIM), lambda c, h, b: (b, 0, lax.rem(h, heads), 0))
 
 
 def _columns(chunks: int) -> pl.BlockSpec:
     """Some columns of all tokens [B, T, H, E] of one head."""
-    return pl.BlockSpec((None, chunks * CHUNK, None, _COLUMNS), lambda b, h, c: (b, 0, h, c))
+    return pl.BlockSpec((None, chunks * CHUNK, None, _COLUMNS), lambda c, h, b: (b, 0, h, c))
 
 
-_SCALARS = pl.BlockSpec((None, None, CHUNK), lambda b, h, n: (b, h, n))
-_SQUARES = pl.BlockSpec((None, None, CHUNK, CHUNK), lambda b, h, n: (b, h, n, 0))
-_STATES = pl.BlockSpec((None, None, None, DIM, DIM), lambda b, h, n: (b, h, n, 0, 0))
-_STATE = pl.BlockSpec((None, None, DIM, _COLUMNS), lambda b, h, c: (b, h, 0, c))
+_SCALARS = pl.BlockSpec((None, None, CHUNK), lambda h, n, b: (b, h, n))
+_SQUARES = pl.BlockSpec((None, None, CHUNK, CHUNK), lambda h, n, b: (b, h, n, 0))
+_STATES = pl.BlockSpec((None, None, None, DIM, DIM), lambda h, n, b: (b, h, n, 0, 0))
+
+
+def _some_columns(*rows: int) -> pl.BlockSpec:
+    """Some columns of the states [B, H, *rows, E] of one head."""
+    zeros = (0,) * len(rows)
+    return pl.BlockSpec((None, None, *rows, _COLUMNS), lambda c, h, b: (b, h, *zeros, c))
 
 
 def _prepared(q, k, v, total_BHT, beta_BHT, interpret):
     """Returns inverse [B, H, T, C], fresh, recall, read [B, T, H, E] and attend [B, H, T, C]."""
     (batch, time, heads, _), keys = v.shape, k.shape[2]
-    grid, square = (batch, heads, time // CHUNK), (batch, heads, time, CHUNK)
+    grid, square = (heads, time // CHUNK, batch), (batch, heads, time, CHUNK)
     inputs = [(k, _tokens(keys)), (total_BHT, _SCALARS), (beta_BHT, _SCALARS)]
     [inverse] = _call(_inverse_kernel, grid, inputs, [(square, jnp.float32, _SQUARES)], _INVERSE, interpret)
     inputs = [(q, _tokens(keys)), (k, _tokens(keys)), (v, _tokens(heads)), (inverse, _SQUARES), *inputs[1:]]
@@ -140,14 +148,13 @@ def _run(k, fresh, recall, read, attend_BHTC, total_BHT, state, keep, interpret)
     batch, time, heads, _ = fresh.shape
     chunks = time // CHUNK
     whole, columns = _tokens(heads, chunks), _columns(chunks)
-    totals = pl.BlockSpec((None, None, time), lambda b, h, c: (b, h, 0))
-    squares = pl.BlockSpec((None, None, time, CHUNK), lambda b, h, c: (b, h, 0, 0))
-    starts = pl.BlockSpec((None, None, chunks, DIM, _COLUMNS), lambda b, h, c: (b, h, 0, 0, c))
+    totals = pl.BlockSpec((None, None, time), lambda c, h, b: (b, h, 0))
+    squares = pl.BlockSpec((None, None, time, CHUNK), lambda c, h, b: (b, h, 0, 0))
     inputs = [(k, _tokens(k.shape[2], chunks)), (recall, whole), (read, whole), (fresh, columns)]
-    inputs += [(attend_BHTC, squares), (total_BHT, totals), (state, _STATE)]
-    outputs = [(fresh.shape, jnp.float32, columns), (state.shape, jnp.float32, _STATE)]
-    outputs += [((batch, heads, chunks, DIM, DIM), fresh.dtype, starts)] * keep
-    found = _call(_recur_kernel, (batch, heads, DIM // _COLUMNS), inputs, outputs, _RECUR, interpret)
+    inputs += [(attend_BHTC, squares), (total_BHT, totals), (state, _some_columns(DIM))]
+    outputs = [(fresh.shape, jnp.float32, columns), (state.shape, jnp.float32, _some_columns(DIM))]
+    outputs += [((batch, heads, chunks, DIM, DIM), fresh.dtype, _some_columns(chunks, DIM))] * keep
+    found = _call(_recur_kernel, (DIM // _COLUMNS, heads, batch), inputs, outputs, _RECUR, interpret)
     return (*found, None)[:3]
 
 
@@ -250,7 +257,7 @@ def _recur_kernel(k_ref, recall_ref, read_ref, fresh_ref, attend_ref, total_ref,
 def _backward(interpret, saved, grads):
     q, k, v, total_BHT, beta_BHT, inverse_BHTC, fresh, recall, read, starts_BHNEE = saved
     (batch, time, heads, _), keys = v.shape, k.shape[2]
-    grid = (batch, heads, time // CHUNK)
+    grid = (heads, time // CHUNK, batch)
     grad_out = _narrow(grads[0] * DIM**-0.5)
     ends_BHNEE, grad_state = _run_back(k, recall, read, grad_out, total_BHT, grads[1], interpret)
 
@@ -279,12 +286,14 @@ def _run_back(k, recall, read, grad_out, total_BHT, grad_last, interpret):
     batch, time, heads, _ = recall.shape
     chunks = time // CHUNK
     whole = _tokens(heads, chunks)
-    totals = pl.BlockSpec((None, None, time), lambda b, h, c: (b, h, 0))
-    ends = pl.BlockSpec((None, None, chunks, DIM, _COLUMNS), lambda b, h, c: (b, h, 0, 0, c))
+    totals = pl.BlockSpec((None, None, time), lambda c, h, b: (b, h, 0))
     inputs = [(k, _tokens(k.shape[2], chunks)), (recall, whole), (read, whole), (grad_out, _columns(chunks))]
-    inputs += [(total_BHT, totals), (grad_last, _STATE)]
-    outputs = [((batch, heads, chunks, DIM, DIM), recall.dtype, ends), (grad_last.shape, jnp.float32, _STATE)]
-    return _call(_recur_back_kernel, (batch, heads, DIM // _COLUMNS), inputs, outputs, _RECUR, interpret)
+    inputs += [(total_BHT, totals), (grad_last, _some_columns(DIM))]
+    outputs = [
+        ((batch, heads, chunks, DIM, DIM), recall.dtype, _some_columns(chunks, DIM)),
+        (grad_last.shape, jnp.float32, _some_columns(DIM)),
+    ]
+    return _call(_recur_back_kernel, (DIM // _COLUMNS, heads, batch), inputs, outputs, _RECUR, interpret)
 
 
 def _recur_back_kernel(k_ref, recall_ref, read_ref, grad_out_ref, total_ref, grad_last_ref, ends_ref, grad_state_ref):
