@@ -16,7 +16,8 @@ import numpy as np
 from sqjax.run import InputError, atomic_path
 
 # The modules that decide a score: another line in one of them is another key.
-_DECISIVE = ("cache", "checkpoint", "config", "delta_rule", "evaluation", "gguf_file", "model", "q4_k", "runtime")
+_DECISIVE = ("cache", "checkpoint", "config", "delta_kernels", "delta_rule", "evaluation", "gguf_file", "model")
+_DECISIVE += ("q4_k", "runtime")
 _LIBRARIES = ("jax", "flax", "gguf", "xllamacpp")
 
 

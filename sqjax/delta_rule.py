@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sqjax import delta_kernels
+
 
 def recurrent(
     q: Float[Array, "B T K E"],
@@ -72,6 +74,7 @@ def chunked(
     *,
     chunk: int = 64,
     dtype=jnp.float32,
+    kernels: bool | None = None,
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B H E E"]]:
     """Runs the gated delta rule in parallel within chunks of tokens and in sequence over chunks.
 
@@ -80,13 +83,18 @@ def chunked(
     deltas of a chunk that starts from state S are (I + L)^-1 (beta v - beta exp(g) k S): affine in S, like all else.
 
     `chunk` is a power of two; T need not be a multiple of it. `dtype` is that of the factors of matrix products; sums,
-    decays, the triangular inverse, the state and the results are float32 always.
+    decays, the triangular inverse, the state and the results are float32 always. `kernels` says whether to compute by
+    those of `delta_kernels`; None, where they are made for the device, the shape and the dtype.
 
     Returns:
       The outputs and the state after the last token. `state` is zero when it is not given.
     """
     batch, time, key_heads, dim = q.shape
     heads = v.shape[2]
+    if state is None:
+        state = jnp.zeros((batch, heads, dim, dim), jnp.float32)
+    if delta_kernels.serve(dim, chunk, dtype) if kernels is None else kernels:
+        return delta_kernels.chunked(q, k, v, log_decay_BTH, beta_BTH, state)
     q_NBKCE, k_NBKCE = (_split(x.astype(dtype), chunk, key_heads)[:, :, :, 0] for x in (q, k))
     v_NBKRCE = _split(v.astype(dtype), chunk, key_heads)
     beta_NBKRC = _split(beta_BTH[..., None], chunk, key_heads)[..., 0]
@@ -97,8 +105,6 @@ def chunked(
     decay_NBKRCS = jnp.exp(jnp.where(_triangle(chunk, difference.ndim, 0), difference, -jnp.inf))
     start_NBKRC = jnp.exp(total_NBKRC)
     fresh_NBKRCE, recall_NBKRCE = _deltas(k_NBKCE, v_NBKRCE, beta_NBKRC, start_NBKRC, decay_NBKRCS)
-    if state is None:
-        state = jnp.zeros((batch, heads, dim, dim), jnp.float32)
     state = _regroup(state, heads // key_heads, key_heads)
     state, starts_NBKREE = _states(state, k_NBKCE, fresh_NBKRCE, recall_NBKRCE, total_NBKRC)
 

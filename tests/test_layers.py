@@ -7,7 +7,7 @@ import sqjax
 
 LAYERS = """
 run
-display run_folder spectra
+display run_folder spectra delta_kernels
 config q4_k delta_rule texts settings mesh buckets
 least_squares
 tokens scales objective hub

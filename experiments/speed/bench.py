@@ -403,7 +403,7 @@ def delta(arguments) -> None:
     import jax
     import jax.numpy as jnp
 
-    from sqjax import delta_rule
+    from sqjax import delta_kernels, delta_rule
 
     config = config_of(arguments.shape)
     length, _, batch, _ = SIZES[arguments.shape]
@@ -434,12 +434,20 @@ def delta(arguments) -> None:
         if not isinstance(result, tuple):
             values["relative_error"] = float(jnp.linalg.norm(result - exact) / jnp.linalg.norm(exact))
         report(arguments, what=name, batch=batch, length=length, **values)
+        profile(arguments, name, lambda: jax.block_until_ready(program(*operands)))
 
-    chunked = lambda dtype: lambda *x: delta_rule.chunked(*x, dtype=dtype)[0]  # noqa: E731
-    loss = lambda *x: jnp.sum(chunked(jnp.bfloat16)(*x) * v)  # noqa: E731
-    run("chunked, bf16", chunked(jnp.bfloat16), *half, *inputs[3:])
+    def chunked(dtype, kernels=False):
+        return lambda *x: delta_rule.chunked(*x, dtype=dtype, kernels=kernels)[0]
+
     run("chunked, f32", chunked(jnp.float32), *inputs)
-    run("chunked, bf16, with gradient", jax.grad(loss, argnums=(0, 1, 2, 3, 4)), *half, *inputs[3:], scale=3.0)
+    forms = {"chunked": False}
+    if delta_kernels.serve(dim, chunk, jnp.bfloat16):
+        forms["kernels"] = True
+    for name, kernels in forms.items():
+        function = chunked(jnp.bfloat16, kernels)
+        gradient = jax.grad(lambda *x: jnp.sum(function(*x) * v), argnums=(0, 1, 2, 3, 4))  # noqa: B023
+        run(f"{name}, bf16", function, *half, *inputs[3:])
+        run(f"{name}, bf16, with gradient", gradient, *half, *inputs[3:], scale=3.0)
     run("recurrent, f32", lambda *x: delta_rule.recurrent(*x)[0], *inputs)
 
 
