@@ -37,17 +37,7 @@ from sqjax.gguf_file import GGUFTensors
 from sqjax.mesh import BATCH, COPIED, to_host
 from sqjax.model import Qwen35, abstract
 from sqjax.q4_k import Q4K
-from sqjax.refinement import (
-    Refinement,
-    Student,
-    drawn_back,
-    harden_student,
-    initial,
-    kinds,
-    model_loss,
-    model_of,
-    start_of,
-)
+from sqjax.refinement import Refinement, Student, harden_student, initial, kinds, model_loss, model_of, start_of
 from sqjax.run import InputError, interruption
 from sqjax.run_folder import metrics
 
@@ -77,7 +67,7 @@ def optimizer_of(settings: Refinement) -> optax.GradientTransformation:
         kind: optax.chain(adam, optax.scale(-rate)) if rate else optax.set_to_zero()
         for kind, rate in settings.rates.items()
     }
-    return optax.multi_transform(steps | {"still": optax.set_to_zero()}, kinds)
+    return optax.multi_transform(steps, kinds)
 
 
 # What a device gets of an update's arguments: rows of matrices, rows of windows, or all.
@@ -113,10 +103,7 @@ def make_update(
         # Adam's bias correction raises a float to an integer power.
         with jax.numpy_dtype_promotion("standard"):
             changes, moments = optimizer.update(pull_back(gradient)[0], state.moments)
-        student = state.student
-        if settings.pull:
-            student = drawn_back(student, multiplier * settings.codes_rate * settings.pull)
-        student = jax.tree.map(lambda leaf, change: leaf + multiplier.astype(leaf.dtype) * change, student, changes)
+        student = jax.tree.map(lambda leaf, change: leaf + multiplier * change, state.student, changes)
         return State(student, moments), loss
 
     update = meshes.over(mesh, update, _SPREAD, lambda specs: (specs[0], COPIED))

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Float16, Float32, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from sqjax.config import ModelConfig, tensor_name
 from sqjax.model import BLOCKS, Qwen35
@@ -61,7 +61,6 @@ class Refinement:
       softness_end: temperature at the end of the soft part.
       soft_share: share of the updates in which codes are soft.
       displacement: how far u starts from the code towards the weight that was rounded, 1 being all of the way.
-      pull: how strongly codes are drawn back to where they started, as a share of the way at a rate of 1.
       updates: number of updates; 0 for as many as the tokens that were asked for.
       length: tokens of a window.
       batch: windows of an update.
@@ -80,7 +79,7 @@ class Refinement:
       checkpoints: how many are kept.
     """
 
-    codes_rate: float = 0.006
+    codes_rate: float = 0.009
     scales_rate: float = 0.0
     d_rate: float = 0.0005
     vectors_rate: float = 0.0005
@@ -90,10 +89,9 @@ class Refinement:
     schedule: str = "linear"
     warmup: int = 20
     softness: float = 0.3
-    softness_end: float = 0.02
-    soft_share: float = 0.75
+    softness_end: float = 0.002
+    soft_share: float = 0.9
     displacement: float = 0.6
-    pull: float = 0.0
     updates: int = 0
     length: int = 512
     batch: int = 32
@@ -162,7 +160,6 @@ class Latent:
       codes_OI: near the integers 0..15.
       scales_OSG, mins_OSG: near the integers 0..63.
       d_OS, dmin_OS: relative changes of the starting d and dmin.
-      home_OI: where the codes started.
     """
 
     codes_OI: Float32[Array, "*O I"]
@@ -170,7 +167,6 @@ class Latent:
     mins_OSG: Float32[Array, "*O S 8"]
     d_OS: Float32[Array, "*O S"]
     dmin_OS: Float32[Array, "*O S"]
-    home_OI: Float16[Array, "*O I"]
 
 
 @jax.custom_jvp
@@ -195,14 +191,12 @@ def latent(solution: Q4K, weight_OI: Float[Array, "*O I"] | None = None, displac
         )[..., None]
         # The cell is not left: hardened, the latent values are the solution still.
         codes_OSGN += displacement * jnp.clip(ideal_OSGN - codes_OSGN, -0.49, 0.49)
-    codes_OI = codes_OSGN.reshape(solution.shape)
     return Latent(
-        codes_OI,
+        codes_OSGN.reshape(solution.shape),
         jnp.asarray(solution.scales_OSG).astype(jnp.float32),
         jnp.asarray(solution.mins_OSG).astype(jnp.float32),
         jnp.zeros(solution.d_OS.shape, jnp.float32),
         jnp.zeros(solution.dmin_OS.shape, jnp.float32),
-        codes_OI.astype(jnp.float16),
     )
 
 
@@ -387,18 +381,8 @@ def initial(start: Student, target: Student | None = None, displacement: float =
 
 def kinds(student: Student) -> Student:
     """Returns the kind, one of KINDS, of every leaf of a student."""
-    matrix = Latent("codes", "scales", "scales", "d", "d", "still")
+    matrix = Latent("codes", "scales", "scales", "d", "d")
     return jax.tree.map(lambda leaf: matrix if isinstance(leaf, Latent) else "vectors", student, is_leaf=_is(Latent))
-
-
-def drawn_back(student: Student, share: Array) -> Student:
-    """Returns the student whose codes have gone a share of the way back to where they started."""
-
-    def back(leaf):
-        home_OI = leaf.home_OI.astype(jnp.float32)
-        return dataclasses.replace(leaf, codes_OI=leaf.codes_OI + share * (home_OI - leaf.codes_OI))
-
-    return jax.tree.map(lambda leaf: back(leaf) if isinstance(leaf, Latent) else leaf, student, is_leaf=_is(Latent))
 
 
 def _values(matrix: Callable[[Latent, Q4K], Any], student: Student, start: Student) -> Student:

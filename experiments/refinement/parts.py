@@ -7,23 +7,15 @@ from typing import Any
 PARTS = ("start", "curve", "seeds", "ablation", "chosen", "languages", "chat", "uneven", "size", "also", "runtime")
 # What the ablation tries in the place of the defaults; the best of each group by watch goes into what is chosen.
 # The first names leave a group's decision to chance the least, and are run first.
-_LONGER = ("softness_end=0.002", "soft_share=0.9")
 GROUPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "end of the temperature": {
-        "softness_end 0.002, soft_share 0.9": ("softness_end=0.002", "soft_share=0.9"),
-        "softness_end 0.005, soft_share 1": ("softness_end=0.005", "soft_share=1.0"),
-        "softness 0.15 to 0.002, soft_share 0.95": ("softness=0.15", "softness_end=0.002", "soft_share=0.95"),
-        "softness_end 0.0005, soft_share 1": ("softness_end=0.0005", "soft_share=1.0"),
+    "rate": {
+        "codes_rate 0.006": ("codes_rate=0.006",),
+        "codes_rate 0.012": ("codes_rate=0.012",),
     },
-    "batch and rate under a longer fall": {
-        "batch 16": ("batch=16", *_LONGER),
-        "codes_rate 0.009": ("codes_rate=0.009", *_LONGER),
-        "batch 16, codes_rate 0.004": ("batch=16", "codes_rate=0.004", *_LONGER),
-        "batch 8, codes_rate 0.004": ("batch=8", "codes_rate=0.004", *_LONGER),
-        "cosine": ('schedule="cosine"', *_LONGER),
-        "displacement 0.8": ("displacement=0.8", *_LONGER),
-        "codes_rate 0.014": ("codes_rate=0.014", *_LONGER),
-        "d_rate and vectors_rate 0.0002": ("d_rate=0.0002", "vectors_rate=0.0002", *_LONGER),
+    "fall of the temperature": {
+        "softness_end 0.005, soft_share 1": ("softness_end=0.005", "soft_share=1.0"),
+        "softness_end 0.02, soft_share 0.75": ("softness_end=0.02", "soft_share=0.75"),
+        "softness 0.15": ("softness=0.15",),
     },
     "what moves": {
         "codes alone": ("d_rate=0.0", "train_vectors=false"),
@@ -34,6 +26,13 @@ GROUPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "hard or soft": {
         "hard codes 0.012": ("softness=0.0", "codes_rate=0.012"),
+    },
+    "displacement": {
+        "displacement 0.5": ("displacement=0.5",),
+        "displacement 0.8": ("displacement=0.8",),
+    },
+    "schedule": {
+        "cosine": ('schedule="cosine"',),
     },
 }
 DEFAULTS = "defaults"
@@ -85,7 +84,14 @@ class Run:
 
 
 def runs(
-    part: str, *, curve: Sequence[int], budget: int, most: int, uneven: int, seeds: Sequence[int]
+    part: str,
+    *,
+    curve: Sequence[int],
+    budget: int,
+    most: int,
+    uneven: int,
+    seeds: Sequence[int],
+    groups: Sequence[str] = tuple(GROUPS),
 ) -> Iterator[Run]:
     """The runs of a part but for those that depend on results.
 
@@ -96,6 +102,7 @@ def runs(
       most: tokens of the seeds' runs.
       uneven: tokens of the runs on uneven channels.
       seeds: of calibration and refinement; the first is that of all other parts.
+      groups: of the ablation.
     """
     first = Start(seed=seeds[0])
     if part == "curve":
@@ -106,8 +113,8 @@ def runs(
         yield from (Run(part, f"seed {seed}", Start("uneven", seed=seed), uneven) for seed in seeds)
     if part == "ablation":
         yield Run(part, DEFAULTS, first, budget)
-        for group in GROUPS.values():
-            yield from (Run(part, label, first, budget, settings) for label, settings in group.items())
+        for name in groups:
+            yield from (Run(part, label, first, budget, settings) for label, settings in GROUPS[name].items())
     if part == "languages":
         yield Run(part, "multilingual text three times", first, most, text="languages")
     if part == "chat":

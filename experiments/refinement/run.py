@@ -158,7 +158,7 @@ def jobs(bench: Bench) -> list[Job]:
     """The jobs of the parts that were asked for, in order; what two parts share is done once."""
     arguments = bench.arguments
     options = {"curve": arguments.curve, "budget": arguments.budget, "most": arguments.most}
-    options |= {"uneven": arguments.uneven_tokens, "seeds": arguments.seeds}
+    options |= {"uneven": arguments.uneven_tokens, "seeds": arguments.seeds, "groups": arguments.groups}
     found: dict[str, Job] = {}
     for part in arguments.parts:
         if part == "uneven" and arguments.uneven is None:
@@ -318,6 +318,7 @@ def parse() -> argparse.Namespace:
     add("--seconds", type=float, default=560.0, help="after which the processes stop")
     add("--curve", type=listed(int), default=[10**6 * 2**i for i in range(6)])
     add("--budget", type=int, default=8_000_000, help="tokens of a run of the ablation")
+    add("--groups", nargs="+", default=list(parts.GROUPS), choices=list(parts.GROUPS), help="of the ablation")
     add("--most", type=int, default=32_000_000, help="tokens of the seeds' runs and of what is chosen")
     add("--uneven-tokens", type=int, default=30_000_000)
     add("--start-tokens", type=int, default=1_000_000, help="of calibration")
