@@ -38,6 +38,8 @@ DIM = 128
 # The inverse is made of blocks of this size, the least that tensor cores take; a state, of columns this many at a time.
 _BLOCK = 16
 _COLUMNS = 64
+# Of the products that the inverse is made of: float32 as it is, not TF32.
+_EXACT = lax.Precision.HIGHEST
 # Warps of a program, and stages of the pipeline that loads ahead.
 _INVERSE, _PREPARE, _RECUR, _BACKWARD = (1, 1), (4, 1), (4, 2), (4, 1)
 
@@ -195,7 +197,7 @@ def _inverse_kernel(k_ref, total_ref, beta_ref, inverse_ref):
             difference = jnp.where(rows > columns, difference, -jnp.inf)
         return beta[i][:, None] * jnp.exp(difference) * _dot(k[i], k[j], (1, 1))
 
-    exact = functools.partial(_dot, precision=lax.Precision.HIGHEST)
+    exact = functools.partial(_dot, precision=_EXACT)
     inverse = {}
     for i in range(count):
         inverse[i, i] = _inverse_by_halves(lower(i, i), exact)
