@@ -219,6 +219,8 @@ def forward(arguments) -> None:
     import jax
     import jax.numpy as jnp
 
+    from sqjax.delta_rule import product
+
     config = config_of(arguments.shape)
     length, batch, _, _ = SIZES[arguments.shape]
     model, tokens = random_model(config, jnp.bfloat16), random_tokens(config, batch, length)
@@ -228,9 +230,13 @@ def forward(arguments) -> None:
         rows = model.hidden(tokens).reshape(-1, min(2048, batch * length), config.hidden_size)
         return jax.lax.map(lambda rows: jax.nn.logsumexp(model.logits(rows[None])[0], axis=-1), rows)
 
+    def all_logits(model, tokens):
+        # As transformers has them; `model.logits` gives float32.
+        return product("BTD,VD->BTV", model.hidden(tokens).astype(jnp.bfloat16), model.head(), jnp.bfloat16)
+
     variants = {
         "hidden states": (lambda model, tokens: model.hidden(tokens), matrix_weights(config) - head),
-        "all logits": (lambda m, tokens: m.logits(m.hidden(tokens)).astype(jnp.bfloat16), matrix_weights(config)),
+        "all logits": (all_logits, matrix_weights(config)),
         "log normalizers": (scored, matrix_weights(config)),
     }
     for name, (function, weights) in list(variants.items())[-1 if arguments.brief else 0 :]:
