@@ -324,7 +324,8 @@ def attention(
 
 def _fused(q_BTHE: Array) -> bool:
     """Whether cuDNN's attention takes these queries; before Hopper it wants heads of at most 128 dimensions."""
-    if jax.default_backend() != "gpu" or q_BTHE.dtype != jnp.bfloat16:
+    # Short windows would gain nothing.
+    if jax.default_backend() != "gpu" or q_BTHE.dtype != jnp.bfloat16 or q_BTHE.shape[1] < 128:
         return False
     major = float(getattr(jax.local_devices()[0], "compute_capability", 0))
     return q_BTHE.shape[-1] % 8 == 0 and q_BTHE.shape[-1] <= (256 if major >= 9 else 128 if major >= 8 else 0)
