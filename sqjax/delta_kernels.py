@@ -48,9 +48,14 @@ def serve(dim: int, chunk: int, dtype) -> bool:
     """Whether the kernels compute the delta rule of such heads, chunks and factors on the default device, a Hopper."""
     if triton is None or (dim, chunk, jnp.dtype(dtype)) != (DIM, CHUNK, jnp.bfloat16):
         return False
-    if jax.default_backend() != "gpu":
-        return False
-    return getattr(jax.local_devices()[0], "compute_capability", None) == "9.0"
+    return capability() == 9.0
+
+
+def capability() -> float:
+    """Returns the compute capability of the default device, 0 where that is no NVIDIA GPU."""
+    # AMD's GPUs have names there, as gfx90a.
+    name = getattr(jax.local_devices()[0], "compute_capability", "")
+    return float(name) if name.replace(".", "").isdigit() else 0.0
 
 
 def chunked(

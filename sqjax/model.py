@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from sqjax import delta_rule
 from sqjax.config import FULL, LINEAR, ModelConfig, is_matrix, tensor_name
+from sqjax.delta_kernels import capability
 from sqjax.delta_rule import product
 from sqjax.mesh import whole
 from sqjax.run import InputError
@@ -325,10 +326,9 @@ def attention(
 def _fused(q_BTHE: Array) -> bool:
     """Whether cuDNN's attention takes these queries; before Hopper it wants heads of at most 128 dimensions."""
     # Short windows would gain nothing.
-    if jax.default_backend() != "gpu" or q_BTHE.dtype != jnp.bfloat16 or q_BTHE.shape[1] < 128:
+    if q_BTHE.dtype != jnp.bfloat16 or q_BTHE.shape[1] < 128 or q_BTHE.shape[-1] % 8:
         return False
-    major = float(getattr(jax.local_devices()[0], "compute_capability", 0))
-    return q_BTHE.shape[-1] % 8 == 0 and q_BTHE.shape[-1] <= (256 if major >= 9 else 128 if major >= 8 else 0)
+    return q_BTHE.shape[-1] <= (256 if capability() >= 9 else 128 if capability() >= 8 else 0)
 
 
 def _rotate(x_BTHE: Float[Array, "B T H E"], config: ModelConfig) -> Float[Array, "B T H E"]:
