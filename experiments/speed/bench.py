@@ -492,6 +492,7 @@ def pipeline(arguments) -> None:
             folder / "refined.gguf",
         )
         tokens = {"tokens": arguments.pipeline_tokens}
+        tokens |= {"text": [arguments.pipeline_text]} if arguments.pipeline_text else {}
         length = min(512, SIZES[arguments.shape][0])
         settings = [f"updates={arguments.updates}", f"length={length}", "watch_windows=8", "watch_every=100000"]
         settings += ["checkpoint_every=100000"] + ["batch=4"] * (arguments.shape == "tiny")
@@ -513,6 +514,9 @@ def pipeline(arguments) -> None:
                 result = stage()
             total += clock.seconds
             values = {"seconds": clock.seconds, "compile_seconds": clock.compile_seconds, "total_seconds": total}
+            if name == "refinement":
+                lines = (folder / "refined.gguf.run" / "metrics.jsonl").read_text().splitlines()
+                values |= {"tokens_per_second": json.loads(lines[-1])["tokens_per_second"]}
             report(arguments, what=name, **values, **memory())
             del result
         same = refined.stat().st_size == (folder / "plain.gguf").stat().st_size
@@ -592,6 +596,7 @@ def run_section(arguments, name: str, devices: int, limit: float, found: dict, o
     command = [python, __file__, "--section", name, "--seconds", f"{limit:.0f}"]
     for option in ("shape", "tokens", "accumulate", "dtype", "pipeline-tokens", "updates"):
         command += [f"--{option}", str(getattr(arguments, option.replace("-", "_")))]
+    command += ["--pipeline-text", str(arguments.pipeline_text)] * (arguments.pipeline_text is not None)
     command += [text for rate, value in found.items() for text in (f"--{rate}", str(value))]
     command += ["--model", str(arguments.model)] * (arguments.model is not None) + ["--brief"] * (flags is not None)
     command += ["--recipe", *arguments.recipe] * bool(arguments.recipe)
@@ -647,6 +652,7 @@ def main() -> None:
     parser.add_argument("--copy", type=float, default=0.0, help="TB/s, where it is known")
     parser.add_argument("--model", type=Path, help="checkpoint of the section pipeline; the shape's own unless given")
     parser.add_argument("--pipeline-tokens", type=int, default=1 << 17, help="tokens of its statistics")
+    parser.add_argument("--pipeline-text", type=Path, help="its text; the package's own prompts unless given")
     parser.add_argument("--updates", type=int, default=50, help="of its refinement")
     parser.add_argument("--recipe", nargs="+", default=[], help="overrides of its recipe, `spectral`")
     parser.add_argument("--brief", action="store_true", help=argparse.SUPPRESS)
