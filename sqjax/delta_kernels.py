@@ -35,13 +35,12 @@ except ImportError:  # JAX means to drop this backend one day
 
 CHUNK = 64
 DIM = 128
-# The inverse is made of blocks of this size, the least that tensor cores take; a state, of columns this many at a time.
-_BLOCK = 16
+# A program runs over this many columns of a state.
 _COLUMNS = 64
-# Of the products that the inverse is made of: float32 as it is, not TF32.
-_EXACT = lax.Precision.HIGHEST
+# A product of float32 factors by three of bfloat16: about 16 bits, where more would cost more than all else.
+_SPLIT = lax.DotAlgorithmPreset.BF16_BF16_F32_X3
 # Warps of a program, and stages of the pipeline that loads ahead.
-_INVERSE, _PREPARE, _RECUR, _BACKWARD = (1, 1), (4, 1), (4, 2), (4, 1)
+_PREPARE, _RECUR, _BACKWARD = (4, 1), (4, 2), (4, 1)
 
 
 def serve(dim: int, chunk: int, dtype) -> bool:
@@ -84,13 +83,13 @@ def chunked(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _chunked(q, k, v, total_BHT, beta_BHT, state, interpret):
-    _, *prepared = _prepared(q, k, v, total_BHT, beta_BHT, interpret)
+    prepared = _prepared(q, k, v, total_BHT, beta_BHT, False, interpret)
     out, state, _ = _run(k, *prepared, total_BHT, state, False, interpret)
     return out, state
 
 
 def _forward(q, k, v, total_BHT, beta_BHT, state, interpret):
-    inverse_BHTC, *prepared = _prepared(q, k, v, total_BHT, beta_BHT, interpret)
+    *prepared, inverse_BHTC = _prepared(q, k, v, total_BHT, beta_BHT, True, interpret)
     out, state, starts_BHNEE = _run(k, *prepared, total_BHT, state, True, interpret)
     return (out, state), (q, k, v, total_BHT, beta_BHT, inverse_BHTC, *prepared[:3], starts_BHNEE)
 
@@ -139,15 +138,14 @@ def _some_columns(*rows: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, None, *rows, _COLUMNS), lambda c, h, b: (b, h, *zeros, c))
 
 
-def _prepared(q, k, v, total_BHT, beta_BHT, interpret):
-    """Returns inverse [B, H, T, C], fresh, recall, read [B, T, H, E] and attend [B, H, T, C]."""
+def _prepared(q, k, v, total_BHT, beta_BHT, keep, interpret):
+    """Returns fresh, recall, read [B, T, H, E], attend and, where `keep` says so, inverse [B, H, T, C]."""
     (batch, time, heads, _), keys = v.shape, k.shape[2]
-    grid, square = (heads, time // CHUNK, batch), (batch, heads, time, CHUNK)
-    inputs = [(k, _tokens(keys)), (total_BHT, _SCALARS), (beta_BHT, _SCALARS)]
-    [inverse] = _call(_inverse_kernel, grid, inputs, [(square, jnp.float32, _SQUARES)], _INVERSE, interpret)
-    inputs = [(q, _tokens(keys)), (k, _tokens(keys)), (v, _tokens(heads)), (inverse, _SQUARES), *inputs[1:]]
+    square = (batch, heads, time, CHUNK)
+    inputs = [(q, _tokens(keys)), (k, _tokens(keys)), (v, _tokens(heads)), (total_BHT, _SCALARS), (beta_BHT, _SCALARS)]
     outputs = [(v.shape, v.dtype, _tokens(heads))] * 3 + [(square, v.dtype, _SQUARES)]
-    return inverse, *_call(_prepare_kernel, grid, inputs, outputs, _PREPARE, interpret)
+    outputs += [(square, jnp.float32, _SQUARES)] * keep
+    return _call(_prepare_kernel, (heads, time // CHUNK, batch), inputs, outputs, _PREPARE, interpret)
 
 
 def _run(k, fresh, recall, read, attend_BHTC, total_BHT, state, keep, interpret):
@@ -189,54 +187,38 @@ def _narrow(x):
     return x.astype(jnp.bfloat16)
 
 
-def _inverse_kernel(k_ref, total_ref, beta_ref, inverse_ref):
-    """(I + L)^-1 by blocks of 16: those of the diagonal by halves, those below by substitution."""
-    count = CHUNK // _BLOCK
-    parts = [pl.ds(i * _BLOCK, _BLOCK) for i in range(count)]
-    k, total, beta = ([ref[part] for part in parts] for ref in (k_ref, total_ref, beta_ref))
+def _inverse(k, total_C, beta_C):
+    """(I + L)^-1: each step joins pairs of inverted diagonal blocks, [[A, 0], [-D M A, D]]; entries stay bounded."""
+    rows, columns = _positions(CHUNK)
+    lower_CS = jnp.where(rows > columns, beta_C[:, None] * _decay(total_C) * _dot(k, k, (1, 1)), 0.0)
 
-    def lower(i, j):
-        difference = total[i][:, None] - total[j][None, :]
-        if i == j:
-            rows, columns = _positions(_BLOCK)
-            difference = jnp.where(rows > columns, difference, -jnp.inf)
-        return beta[i][:, None] * jnp.exp(difference) * _dot(k[i], k[j], (1, 1))
+    def corners(x_CS, i):
+        # Of blocks of 2^i, those beside the diagonal within blocks of twice the size; masks kept would fill registers.
+        block_C = lax.broadcasted_iota(jnp.int32, (CHUNK,), 0) >> i
+        return jnp.where(block_C[:, None] ^ block_C[None, :] == 1, x_CS, 0.0)
 
-    exact = functools.partial(_dot, precision=_EXACT)
-    inverse = {}
-    for i in range(count):
-        inverse[i, i] = _inverse_by_halves(lower(i, i), exact)
-        for j in range(i):
-            known = sum(exact(lower(i, m), inverse[m, j]) for m in range(j, i))
-            inverse[i, j] = -exact(inverse[i, i], known)
-        for j in range(count):
-            inverse_ref[parts[i], parts[j]] = inverse.get((i, j), jnp.zeros((_BLOCK, _BLOCK), jnp.float32))
+    def join(i, inverse_CS):
+        corner_CS = corners(_dot(lower_CS, inverse_CS, precision=_SPLIT), i)
+        return inverse_CS - _dot(inverse_CS, corner_CS, precision=_SPLIT)
+
+    pairs_CS = jnp.where(rows == columns, 1.0, -corners(lower_CS, 0))
+    return lax.fori_loop(1, CHUNK.bit_length() - 1, join, pairs_CS)
 
 
-def _inverse_by_halves(lower_CC, exact):
-    """Each step joins pairs of inverted diagonal blocks: [[A, 0], [-D M A, D]]; every entry stays bounded."""
-    rows, columns = _positions(_BLOCK)
-    inverse_CC = jnp.where(rows == columns, 1.0, 0.0)
-    size = 1
-    while size < _BLOCK:
-        corner = (rows // (2 * size) == columns // (2 * size)) & (rows // size > columns // size)
-        corner_CC = jnp.where(corner, lower_CC, 0.0)
-        joined_CC = corner_CC if size == 1 else exact(inverse_CC, exact(corner_CC, inverse_CC))
-        inverse_CC, size = inverse_CC - joined_CC, 2 * size
-    return inverse_CC
-
-
-def _prepare_kernel(q_ref, k_ref, v_ref, inverse_ref, total_ref, beta_ref, fresh_ref, recall_ref, read_ref, attend_ref):
+def _prepare_kernel(
+    q_ref, k_ref, v_ref, total_ref, beta_ref, fresh_ref, recall_ref, read_ref, attend_ref, *inverse_ref
+):  # fmt: skip
     """What reads and writes of a chunk need and depends on no state."""
-    k, total_C = k_ref[:], total_ref[:]
-    solve_CS = inverse_ref[:] * beta_ref[:][None, :]
-    start_C = jnp.exp(total_C)
+    q, k, total_C, beta_C = q_ref[:], k_ref[:], total_ref[:], beta_ref[:]
+    attend_CS = _narrow(_dot(q, k, (1, 1)) * _decay(total_C))
+    attend_ref[:] = attend_CS
+    inverse_CS = _inverse(k, total_C, beta_C)
+    if inverse_ref:
+        inverse_ref[0][:] = inverse_CS
+    solve_CS, start_C = inverse_CS * beta_C[None, :], jnp.exp(total_C)
     fresh_ref[:] = _narrow(_dot(_narrow(solve_CS), v_ref[:]))
     recall = _narrow(_dot(_narrow(solve_CS * start_C[None, :]), k))
     recall_ref[:] = recall
-    q = q_ref[:]
-    attend_CS = _narrow(_dot(q, k, (1, 1)) * _decay(total_C))
-    attend_ref[:] = attend_CS
     read_ref[:] = _narrow(q.astype(jnp.float32) * start_C[:, None] - _dot(attend_CS, recall))
 
 
@@ -385,8 +367,8 @@ def _prepare_back_kernel(
     grad_total_C = grad_total_ref[:] + jnp.sum(by_start_CS * solve_CS, axis=0)
     grad_beta_C = jnp.sum(grad_solve_CS * inverse_CS, axis=0)
 
-    inner_CS = _split_dot(inverse_CS, grad_solve_CS * beta_C[None, :], (0, 0))
-    grad_lower_CS = -_split_dot(inner_CS, inverse_CS, (1, 1))
+    inner_CS = _dot(inverse_CS, grad_solve_CS * beta_C[None, :], (0, 0), _SPLIT)
+    grad_lower_CS = -_dot(inner_CS, inverse_CS, (1, 1), _SPLIT)
     rows, columns = _positions(CHUNK)
     # Of the decay, what lies below the diagonal.
     grad_lower_CS = jnp.where(rows > columns, grad_lower_CS * _decay(total_C), 0.0)
@@ -397,9 +379,3 @@ def _prepare_back_kernel(
     grad_keys_CS = _narrow(grad_lower_CS * beta_C[:, None])
     grad_k = grad_k + _dot(grad_keys_CS, k) + _dot(grad_keys_CS, k, (0, 0))
     whole_k_ref[:] = _narrow(grad_k + grad_k_ref[:].astype(jnp.float32))
-
-
-def _split_dot(a, b, contract):
-    """A product of float32 factors by three of bfloat16: about 16 bits, where more would cost more than all else."""
-    (a, rest_a), (b, rest_b) = ((_narrow(x), _narrow(x - _narrow(x).astype(jnp.float32))) for x in (a, b))
-    return _dot(a, b, contract) + (_dot(rest_a, b, contract) + _dot(a, rest_b, contract))
