@@ -1,7 +1,8 @@
 """The gated delta rule in chunks as kernels for NVIDIA GPUs, with bfloat16 factors; `delta_rule.chunked` defines it.
 
 Let B denote batch, T time, H value heads, K key heads, E head dim, N chunks, and C, S positions in a chunk. Value head
-h reads key head h mod K. g is the running sum of log-decays in a chunk, X the state [E, E] that a chunk starts from.
+h reads key head h mod K. Queries, keys and values lie in one array, qkv [B, T, 2 K + H, E], in this order. g is the
+running sum of log-decays in a chunk, X the state [E, E] that a chunk starts from.
 
 What of a chunk depends on no state is made for all chunks at once (D is exp(g_c - g_s) for s <= c, else 0):
 
@@ -74,24 +75,25 @@ def chunked(
     """
     batch, time, heads, _ = v.shape
     pad = lambda x: jnp.pad(x, ((0, 0), (0, -time % CHUNK)) + ((0, 0),) * (x.ndim - 2))  # noqa: E731
-    q, k, v = (pad(x.astype(jnp.bfloat16)) for x in (q, k, v))
+    # Where the three are slices of one array that lie side by side, XLA takes that array: the kernels need no copies.
+    qkv = pad(jnp.concatenate([x.astype(jnp.bfloat16) for x in (q, k, v)], axis=2))
     log_decay_BHT, beta_BHT = (pad(x.astype(jnp.float32)).swapaxes(1, 2) for x in (log_decay_BTH, beta_BTH))
     total_BHT = jnp.cumsum(log_decay_BHT.reshape(batch, heads, -1, CHUNK), axis=-1).reshape(log_decay_BHT.shape)
-    out, state = _chunked(q, k, v, total_BHT, beta_BHT, state.astype(jnp.float32), interpret)
+    out, state = _chunked(qkv, total_BHT, beta_BHT, state.astype(jnp.float32), interpret)
     return out[:, :time], state
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _chunked(q, k, v, total_BHT, beta_BHT, state, interpret):
-    prepared = _prepared(q, k, v, total_BHT, beta_BHT, False, interpret)
-    out, state, _ = _run(k, *prepared, total_BHT, state, False, interpret)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _chunked(qkv, total_BHT, beta_BHT, state, interpret):
+    prepared = _prepared(qkv, total_BHT, beta_BHT, False, interpret)
+    out, state, _ = _run(qkv, *prepared, total_BHT, state, False, interpret)
     return out, state
 
 
-def _forward(q, k, v, total_BHT, beta_BHT, state, interpret):
-    *prepared, inverse_BHTC = _prepared(q, k, v, total_BHT, beta_BHT, True, interpret)
-    out, state, starts_BHNEE = _run(k, *prepared, total_BHT, state, True, interpret)
-    return (out, state), (q, k, v, total_BHT, beta_BHT, inverse_BHTC, *prepared[:3], starts_BHNEE)
+def _forward(qkv, total_BHT, beta_BHT, state, interpret):
+    *prepared, inverse_BHTC = _prepared(qkv, total_BHT, beta_BHT, True, interpret)
+    out, state, starts_BHNEE = _run(qkv, *prepared, total_BHT, state, True, interpret)
+    return (out, state), (qkv, total_BHT, beta_BHT, inverse_BHTC, *prepared[:3], starts_BHNEE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,11 +117,17 @@ def _call(kernel, grid, inputs, outputs, how, interpret):
 # Programs that start together read what lies together: heads come first in grids, columns of one head before them.
 
 
-def _tokens(heads: int, chunks: int | None = None) -> pl.BlockSpec:
-    """Tokens [B, T, heads, E] of one head: of a chunk, or some columns of all `chunks`."""
+def _tokens(heads: int, chunks: int | None = None, first: int = 0) -> pl.BlockSpec:
+    """Tokens [B, T, any, E] of one of `heads` heads from the `first`: of a chunk, or some columns of all `chunks`."""
     if chunks is None:
-        return pl.BlockSpec((None, CHUNK, None, DIM), lambda h, n, b: (b, n, lax.rem(h, heads), 0))
-    return pl.BlockSpec((None, chunks * CHUNK, None, DIM), lambda c, h, b: (b, 0, lax.rem(h, heads), 0))
+        return pl.BlockSpec((None, CHUNK, None, DIM), lambda h, n, b: (b, n, first + lax.rem(h, heads), 0))
+    return pl.BlockSpec((None, chunks * CHUNK, None, DIM), lambda c, h, b: (b, 0, first + lax.rem(h, heads), 0))
+
+
+def _views(qkv, heads: int, chunks: int | None = None) -> list:
+    """One head's queries, keys and values as inputs of a call."""
+    keys = (qkv.shape[2] - heads) // 2
+    return [(qkv, _tokens(*view)) for view in ((keys, chunks), (keys, chunks, keys), (heads, chunks, 2 * keys))]
 
 
 def _columns(chunks: int) -> pl.BlockSpec:
@@ -138,24 +146,24 @@ def _some_columns(*rows: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, None, *rows, _COLUMNS), lambda c, h, b: (b, h, *zeros, c))
 
 
-def _prepared(q, k, v, total_BHT, beta_BHT, keep, interpret):
+def _prepared(qkv, total_BHT, beta_BHT, keep, interpret):
     """Returns fresh, recall, read [B, T, H, E], attend and, where `keep` says so, inverse [B, H, T, C]."""
-    (batch, time, heads, _), keys = v.shape, k.shape[2]
-    square = (batch, heads, time, CHUNK)
-    inputs = [(q, _tokens(keys)), (k, _tokens(keys)), (v, _tokens(heads)), (total_BHT, _SCALARS), (beta_BHT, _SCALARS)]
-    outputs = [(v.shape, v.dtype, _tokens(heads))] * 3 + [(square, v.dtype, _SQUARES)]
+    batch, heads, time = total_BHT.shape
+    tokens, square = (batch, time, heads, DIM), (batch, heads, time, CHUNK)
+    inputs = [*_views(qkv, heads), (total_BHT, _SCALARS), (beta_BHT, _SCALARS)]
+    outputs = [(tokens, qkv.dtype, _tokens(heads))] * 3 + [(square, qkv.dtype, _SQUARES)]
     outputs += [(square, jnp.float32, _SQUARES)] * keep
     return _call(_prepare_kernel, (heads, time // CHUNK, batch), inputs, outputs, _PREPARE, interpret)
 
 
-def _run(k, fresh, recall, read, attend_BHTC, total_BHT, state, keep, interpret):
+def _run(qkv, fresh, recall, read, attend_BHTC, total_BHT, state, keep, interpret):
     """Returns the outputs, the last state, and, where `keep` says so, the states that chunks start from."""
     batch, time, heads, _ = fresh.shape
     chunks = time // CHUNK
     whole, columns = _tokens(heads, chunks), _columns(chunks)
     totals = pl.BlockSpec((None, None, time), lambda c, h, b: (b, h, 0))
     squares = pl.BlockSpec((None, None, time, CHUNK), lambda c, h, b: (b, h, 0, 0))
-    inputs = [(k, _tokens(k.shape[2], chunks)), (recall, whole), (read, whole), (fresh, columns)]
+    inputs = [_views(qkv, heads, chunks)[1], (recall, whole), (read, whole), (fresh, columns)]
     inputs += [(attend_BHTC, squares), (total_BHT, totals), (state, _some_columns(DIM))]
     outputs = [(fresh.shape, jnp.float32, columns), (state.shape, jnp.float32, _some_columns(DIM))]
     outputs += [((batch, heads, chunks, DIM, DIM), fresh.dtype, _some_columns(chunks, DIM))] * keep
@@ -244,39 +252,38 @@ def _recur_kernel(k_ref, recall_ref, read_ref, fresh_ref, attend_ref, total_ref,
 
 
 def _backward(interpret, saved, grads):
-    q, k, v, total_BHT, beta_BHT, inverse_BHTC, fresh, recall, read, starts_BHNEE = saved
-    (batch, time, heads, _), keys = v.shape, k.shape[2]
-    grid = (heads, time // CHUNK, batch)
+    qkv, total_BHT, beta_BHT, inverse_BHTC, fresh, recall, read, starts_BHNEE = saved
+    batch, time, heads, _ = fresh.shape
+    grid, spec, (q, k, v) = (heads, time // CHUNK, batch), _tokens(heads), _views(qkv, heads)
     grad_out = _narrow(grads[0] * DIM**-0.5)
-    ends_BHNEE, grad_state = _run_back(k, recall, read, grad_out, total_BHT, grads[1], interpret)
+    ends_BHNEE, grad_state = _run_back(qkv, recall, read, grad_out, total_BHT, grads[1], interpret)
 
-    tokens, of_keys = (_tokens(heads), (v.shape, v.dtype, _tokens(heads))), _tokens(keys)
-    scalars = (total_BHT.shape, jnp.float32, _SCALARS)
-    inputs = [(q, of_keys), (k, of_keys), *((x, tokens[0]) for x in (fresh, recall, grad_out))]
+    tokens, scalars = (fresh.shape, qkv.dtype, spec), (total_BHT.shape, jnp.float32, _SCALARS)
+    inputs = [q, k, (fresh, spec), (recall, spec), (grad_out, spec)]
     inputs += [(starts_BHNEE, _STATES), (ends_BHNEE, _STATES), (total_BHT, _SCALARS)]
-    outputs = [tokens[1]] * 4 + [scalars]
-    grad_q, *partial = _call(_read_back_kernel, grid, inputs, outputs, _BACKWARD, interpret)
+    grad_q, *partial = _call(_read_back_kernel, grid, inputs, [tokens] * 4 + [scalars], _BACKWARD, interpret)
 
-    inputs = [(k, of_keys), (v, tokens[0]), (inverse_BHTC, _SQUARES), (total_BHT, _SCALARS), (beta_BHT, _SCALARS)]
-    inputs += [*((x, tokens[0]) for x in partial[:3]), (partial[3], _SCALARS)]
-    outputs = [tokens[1]] * 2 + [scalars] * 2
+    inputs = [k, v, (inverse_BHTC, _SQUARES), (total_BHT, _SCALARS), (beta_BHT, _SCALARS)]
+    inputs += [*((x, spec) for x in partial[:3]), (partial[3], _SCALARS)]
+    outputs = [tokens] * 2 + [scalars] * 2
     grad_k, grad_v, *grad_scalars = _call(_prepare_back_kernel, grid, inputs, outputs, _BACKWARD, interpret)
+    keys = (qkv.shape[2] - heads) // 2
     if heads > keys:
         grouped = (x.reshape(batch, time, -1, keys, DIM).astype(jnp.float32) for x in (grad_q, grad_k))
         grad_q, grad_k = (_narrow(jnp.sum(x, axis=2)) for x in grouped)
-    return grad_q, grad_k, grad_v, *grad_scalars, grad_state
+    return jnp.concatenate([grad_q, grad_k, grad_v], axis=2), *grad_scalars, grad_state
 
 
 _chunked.defvjp(_forward, _backward)
 
 
-def _run_back(k, recall, read, grad_out, total_BHT, grad_last, interpret):
+def _run_back(qkv, recall, read, grad_out, total_BHT, grad_last, interpret):
     """Returns cotangents of the states that chunks end with, and of the first state."""
     batch, time, heads, _ = recall.shape
     chunks = time // CHUNK
     whole = _tokens(heads, chunks)
     totals = pl.BlockSpec((None, None, time), lambda c, h, b: (b, h, 0))
-    inputs = [(k, _tokens(k.shape[2], chunks)), (recall, whole), (read, whole), (grad_out, _columns(chunks))]
+    inputs = [_views(qkv, heads, chunks)[1], (recall, whole), (read, whole), (grad_out, _columns(chunks))]
     inputs += [(total_BHT, totals), (grad_last, _some_columns(DIM))]
     outputs = [
         ((batch, heads, chunks, DIM, DIM), recall.dtype, _some_columns(chunks, DIM)),

@@ -110,16 +110,11 @@ class LinearBlock(Block):
         log_decay_BTH = self.ssm_a[...][None, None] * jax.nn.softplus(alpha_BTH + self.ssm_dt[...][None, None])
 
         qkv_BTC = jax.nn.silu(_causal_conv(qkv_BTC, self.ssm_conv1d[...]))
-        width = keys * config.linear_key_head_dim
-        q, k, v = jnp.split(qkv_BTC, (width, 2 * width), axis=-1)
-        out_BTHE, _ = delta_rule.chunked(
-            _l2_norm(q.reshape(batch, time, keys, -1), config.rms_norm_eps),
-            _l2_norm(k.reshape(batch, time, keys, -1), config.rms_norm_eps),
-            v.reshape(batch, time, values, -1),
-            log_decay_BTH,
-            beta_BTH,
-            dtype=self.dtype,
-        )
+        # One array until it is narrow: what the kernels of the delta rule read without copies.
+        qkv_BTHE = qkv_BTC.reshape(batch, time, 2 * keys + values, -1)
+        qkv_BTHE = _unit_heads(qkv_BTHE, 2 * keys, config.rms_norm_eps).astype(self.dtype)
+        q, k, v = jnp.split(qkv_BTHE, (keys, 2 * keys), axis=2)
+        out_BTHE, _ = delta_rule.chunked(q, k, v, log_decay_BTH, beta_BTH, dtype=self.dtype)
         out_BTHE = rms_norm(out_BTHE, self.ssm_norm[...], config.rms_norm_eps)
         out_BTHE = out_BTHE * jax.nn.silu(gate_BTHE.astype(jnp.float32))
         return self.project("ssm_out", out_BTHE.reshape(batch, time, -1), probe, jnp.float32)
@@ -352,8 +347,11 @@ def _causal_conv(x_BTC: Float[Array, "B T C"], weight_CW: Float[Array, "C W"]) -
     return sum(x_BTC[:, lag : lag + time] * weight_CW[None, None, :, lag] for lag in range(width))
 
 
-def _l2_norm(x: Float[Array, "B T H E"], eps: float) -> Float[Array, "B T H E"]:
-    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + eps)
+def _unit_heads(x_BTHE: Float[Array, "B T H E"], count: int, eps: float) -> Float[Array, "B T H E"]:
+    """Scales the first `count` heads of every token to unit norm and leaves the others."""
+    scale_BTH1 = jax.lax.rsqrt(jnp.sum(jnp.square(x_BTHE), axis=-1, keepdims=True) + eps)
+    scaled_H = jnp.arange(x_BTHE.shape[2]) < count
+    return x_BTHE * jnp.where(scaled_H[None, None, :, None], scale_BTH1, 1.0)
 
 
 def _checked(name: str, array, shape: tuple[int, ...]):

@@ -85,9 +85,9 @@ def test_vmapped_sequences_are_the_same_as_single_ones():
 
 def test_inverse_of_equal_keys_is_the_difference_operator():
     # Every entry below the diagonal is 1; the powers of such a triangle would reach 1e18.
-    k = jnp.zeros((1, 64, 1, DIM), jnp.bfloat16).at[..., 0].set(1.0)
+    qkv = jnp.zeros((1, 64, 3, DIM), jnp.bfloat16).at[..., 0].set(1.0)
     scalars = jnp.zeros((1, 1, 64)), jnp.ones((1, 1, 64))
-    *_, inverse_BHTC = jax.jit(lambda *x: delta_kernels._prepared(k, k, k, *x, True, True))(*scalars)
+    *_, inverse_BHTC = jax.jit(lambda *x: delta_kernels._prepared(qkv, *x, True, True))(*scalars)
     np.testing.assert_array_equal(inverse_BHTC[0, 0], np.eye(64) - np.eye(64, k=-1))
 
 
