@@ -309,50 +309,68 @@ def _recur_back_kernel(k_ref, recall_ref, read_ref, grad_out_ref, total_ref, gra
     grad_state_ref[:] = lax.fori_loop(0, chunks, step, grad_last_ref[:])
 
 
+def _halves(body, first):
+    """A loop over halves of E: body(half, result so far) -> result."""
+    return lax.fori_loop(0, 2, lambda i, x: body(pl.ds(i * (DIM // 2), DIM // 2), x), first)
+
+
 def _read_back_kernel(
     q_ref, k_ref, fresh_ref, recall_ref, grad_out_ref, start_ref, end_ref, total_ref,
     grad_q_ref, grad_k_ref, grad_fresh_ref, grad_recall_ref, grad_total_ref,
 ):  # fmt: skip
     """From cotangents of a chunk's outputs and of its last state, those of all but `inverse`, keys' in part.
 
-    By halves of the columns: whole, the factors and sums would not fit the registers.
+    Whole or unrolled, factors and sums would not fit the registers; what two loops need is computed in both.
     """
-    halves = [pl.ds(i, DIM // 2) for i in (0, DIM // 2)]
-    grad_out, total_C = grad_out_ref[:], total_ref[:]
-    start_C, decay_CS = jnp.exp(total_C), _decay(total_C)
-    grad_read = [_narrow(_dot(grad_out, start_ref[half], (1, 1))) for half in halves]
-    grad_attend_CS = _dot(grad_out, fresh_ref[:], (1, 1))
-    for half, grad in zip(halves, grad_read):
-        grad_attend_CS -= _dot(grad, recall_ref[:, half], (1, 1))
+    total_C, last = total_ref[:], total_ref[CHUNK - 1]
+    start_C, end_C = jnp.exp(total_C), jnp.exp(last - total_C)
+
+    def grad_read(half):
+        return _narrow(_dot(grad_out_ref[:], start_ref[half], (1, 1)))
+
+    def attend(half, grad_CS):
+        return grad_CS - _dot(grad_read(half), recall_ref[:, half], (1, 1))
+
+    grad_attend_CS, decay_CS = _halves(attend, _dot(grad_out_ref[:], fresh_ref[:], (1, 1))), _decay(total_C)
     scores_CS = _dot(q_ref[:], k_ref[:], (1, 1)) * decay_CS
     weight_CS, attend_CS = grad_attend_CS * scores_CS, _narrow(scores_CS)
     grad_attend_CS = _narrow(grad_attend_CS * decay_CS)
     grad_total_C = jnp.sum(weight_CS, axis=1) - jnp.sum(weight_CS, axis=0)
-    for half, grad in zip(halves, grad_read):
-        read_CE = grad.astype(jnp.float32) * start_C[:, None]
-        grad_total_C += jnp.sum(read_CE * q_ref[:, half].astype(jnp.float32), axis=1)
-        grad_q_ref[:, half] = _narrow(read_CE + _dot(grad_attend_CS, k_ref[:, half]))
 
-    last = total_ref[CHUNK - 1]
-    end_C, deltas, grad_deltas = jnp.exp(last - total_C), [], []
-    for half in halves:
+    def queries(half, grad_total_C):
+        read_CE = grad_read(half).astype(jnp.float32) * start_C[:, None]
+        grad_q_ref[:, half] = _narrow(read_CE + _dot(grad_attend_CS, k_ref[:, half]))
+        return grad_total_C + jnp.sum(read_CE * q_ref[:, half].astype(jnp.float32), axis=1)
+
+    grad_total_C = _halves(queries, grad_total_C)
+
+    def deltas(half, sums):
         delta = fresh_ref[:, half].astype(jnp.float32) - _dot(recall_ref[:], start_ref[:, half])
         grad_delta = _dot(k_ref[:], end_ref[:, half]) * end_C[:, None]
-        weight_C = jnp.sum(grad_delta * delta, axis=1)
-        grad_total_C += jnp.where(_is_last(), jnp.sum(weight_C), 0.0) - weight_C
         grad_fresh_ref[:, half] = _narrow(grad_delta + _dot(attend_CS, grad_out_ref[:, half], (0, 0)))
-        deltas.append(_narrow(delta * end_C[:, None]))
-        grad_deltas.append(_narrow(grad_delta))
-    through = jnp.zeros((), jnp.float32)
-    for half, grad in zip(halves, grad_read):
-        grad_k, grad_recall = _dot(grad_attend_CS, q_ref[:, half], (0, 0)), _dot(attend_CS, grad, (0, 0))
-        for columns, delta, grad_delta in zip(halves, deltas, grad_deltas):
-            start, end = start_ref[half, columns], end_ref[half, columns]
-            grad_k += _dot(delta, end, (1, 1))
-            grad_recall += _dot(grad_delta, start, (1, 1))
-            through += jnp.sum(start.astype(jnp.float32) * end.astype(jnp.float32))
-        grad_k_ref[:, half], grad_recall_ref[:, half] = _narrow(grad_k), _narrow(-grad_recall)
-    grad_total_ref[:] = grad_total_C + jnp.where(_is_last(), through * jnp.exp(last), 0.0)
+        return sums + jnp.sum(grad_delta * delta, axis=1)
+
+    weight_C = _halves(deltas, jnp.zeros((CHUNK,), jnp.float32))
+    delta = _halves(lambda half, x: x - _dot(recall_ref[:, half], start_ref[half]), fresh_ref[:].astype(jnp.float32))
+    delta = _narrow(delta * end_C[:, None])
+
+    def keys(half, _):
+        grad_k = _dot(delta, end_ref[half], (1, 1)) + _dot(grad_attend_CS, q_ref[:, half], (0, 0))
+        grad_k_ref[:, half] = _narrow(grad_k)
+
+    _halves(keys, None)
+    grad_delta = _halves(lambda half, x: x + _dot(k_ref[:, half], end_ref[half]), jnp.zeros((CHUNK, DIM), jnp.float32))
+    grad_delta = _narrow(grad_delta * end_C[:, None])
+
+    def recalls(half, through):
+        start = start_ref[half]
+        grad = _dot(attend_CS, grad_read(half), (0, 0)) + _dot(grad_delta, start, (1, 1))
+        grad_recall_ref[:, half] = _narrow(-grad)
+        return through + jnp.sum(start.astype(jnp.float32) * end_ref[half].astype(jnp.float32))
+
+    through = _halves(recalls, jnp.zeros((), jnp.float32))
+    at_last = jnp.where(_is_last(), jnp.sum(weight_C) + through * jnp.exp(last), 0.0)
+    grad_total_ref[:] = grad_total_C - weight_C + at_last
 
 
 def _is_last():
