@@ -421,7 +421,8 @@ def delta(arguments) -> None:
     log_decay = -0.1 * jax.random.uniform(random[3], (batch, length, heads))
     inputs = (q, k, v, log_decay, jax.random.uniform(random[4], (batch, length, heads)))
     exact = jax.jit(lambda *inputs: delta_rule.recurrent(*inputs)[0])(*inputs)
-    half = tuple(x.astype(jnp.bfloat16) for x in inputs[:3])
+    # In one array, as the model has them: kernels read it where it is.
+    half = jnp.concatenate([x.astype(jnp.bfloat16) for x in inputs[:3]], axis=2)
     chunk = 64
     flops = batch * length * heads * (12 * chunk * dim + 2 * chunk * chunk + 6 * dim * dim)
     moved = batch * length * dim * (2 * (2 * keys + heads) + 4 * heads)
@@ -450,10 +451,11 @@ def delta(arguments) -> None:
     if delta_kernels.serve(dim, chunk, jnp.bfloat16):
         forms["kernels"] = True
     for name, kernels in forms.items():
-        function = chunked(jnp.bfloat16, kernels)
-        gradient = jax.grad(lambda *x: jnp.sum(function(*x) * v), argnums=(0, 1, 2, 3, 4))  # noqa: B023
-        run(f"{name}, bf16", function, *half, *inputs[3:])
-        run(f"{name}, bf16, with gradient", gradient, *half, *inputs[3:], scale=3.0)
+        rule = chunked(jnp.bfloat16, kernels)
+        function = lambda qkv, *x, rule=rule: rule(*jnp.split(qkv, (keys, 2 * keys), axis=2), *x)  # noqa: E731
+        gradient = jax.grad(lambda *x: jnp.sum(function(*x) * v), argnums=(0, 1, 2))  # noqa: B023
+        run(f"{name}, bf16", function, half, *inputs[3:])
+        run(f"{name}, bf16, with gradient", gradient, half, *inputs[3:], scale=3.0)
     run("recurrent, f32", lambda *x: delta_rule.recurrent(*x)[0], *inputs)
 
 
