@@ -2,9 +2,9 @@
 
 Letters: W windows, B windows of a batch, T tokens of a window, I in features, O out features.
 
-A folder holds `statistics.safetensors` (the Grams), `statistics.json` (what they were measured on), beside that the
-hashes of its text, `spectra.safetensors` (the Grams' eigenvalues, where they cost little or a report has asked) and,
-until it is complete, `partial/` (the sums so far, by Orbax).
+A folder holds `statistics*.safetensors` (the Grams, a file a layer), `statistics.json` (what they were measured on),
+beside that the hashes of its text, `spectra.safetensors` (the Grams' eigenvalues, where they cost little or a report
+has asked) and, until it is complete, `partial/` (the sums so far, by Orbax).
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ def collect(
     batch: int = 8,
     seed: int = 0,
     save_every: int = 32,
+    save_seconds: float = 60.0,
     shard: int = 1,
     chunk: int = 1024,
     names: Sequence[str] = PROJECTIONS,
@@ -88,9 +90,9 @@ def collect(
 ) -> Sums:
     """Sums Grams of the named projections over windows, each batch shared by all devices of all hosts.
 
-    With a `folder`, sums are checkpointed every `save_every` batches and a run that was interrupted is resumed: labels
-    depend on the seed and the number of the batch alone, so that the bits are those of an uninterrupted run. `shard`
-    devices share one copy of the weights and Grams.
+    With a `folder`, sums are checkpointed after every `save_every` batches, but not within `save_seconds` of the last
+    time, and a run that was interrupted is resumed: labels depend on the seed and the number of the batch alone, so
+    that the bits are those of an uninterrupted run. `shard` devices share one copy of the weights and Grams.
     """
     mesh = meshes.create(shard)
     batch = -(-batch // mesh.size) * mesh.size
@@ -104,17 +106,20 @@ def collect(
             shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves]
             found = manager.restore(first, args=ocp.args.StandardRestore(shapes))
             sums = spread(structure.unflatten(found), mesh)
-        key = jax.random.key(seed)
+        key, saved = jax.random.key(seed), time.monotonic()
         for index in range(first, total):
             tokens_BT, mask_BT = meshes.place(_batch(windows_WT, index, batch), mesh, meshes.BY_BATCH)
             sums = accumulator()(
                 model, sums, tokens_BT, mask_BT, jax.random.fold_in(key, index), chunk=chunk, mesh=mesh
             )
             if manager is not None and (index + 1) % save_every == 0:
-                # What goes on is what was saved, so that a resumed run has the same bits on any number of devices.
+                # What goes on is what is or could be saved, so that a resumed run has the same bits on any devices.
                 whole = folded(sums, mesh)
-                manager.save(index + 1, args=ocp.args.StandardSave(jax.tree.leaves(whole)))
-                manager.wait_until_finished()
+                # All Grams are ten times the size of the model's file: written too often they take most of the time.
+                if meshes.as_first(time.monotonic() - saved >= save_seconds):
+                    manager.save(index + 1, args=ocp.args.StandardSave(jax.tree.leaves(whole)))
+                    manager.wait_until_finished()
+                    saved = time.monotonic()
                 sums = spread(whole, mesh)
             progress(index + 1, total)
     return folded(sums, mesh)
@@ -148,6 +153,7 @@ def calibrate(
     batch: int = 8,
     seed: int = 0,
     save_every: int = 32,
+    save_seconds: float = 60.0,
     shard: int = 1,
     passes: int = 1,
     chunk: int = 1024,
@@ -171,6 +177,7 @@ def calibrate(
         "batch": batch,
         "seed": seed,
         "save_every": save_every,
+        "save_seconds": save_seconds,
         "shard": shard,
         "chunk": chunk,
         "progress": progress,
@@ -215,14 +222,20 @@ def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
 
 
 def save(folder: Path, statistics: Statistics, about: Mapping[str, Any], seen: Seen = UNKNOWN) -> None:
-    """Writes statistics into a folder, the record of what they were measured on last."""
-    arrays = _grams(statistics)
+    """Writes statistics into a folder, the record of what they were measured on last.
+
+    A file a layer, so that no more than the Grams of one are in the host's memory.
+    """
     # Of other Grams they are wrong.
-    (folder / spectra.FILE).unlink(missing_ok=True)
-    arrays |= {name: getattr(statistics, name) for name in _SINGLE}
-    arrays = {name: np.ascontiguousarray(jax.device_get(array)) for name, array in arrays.items()}
-    with atomic_path(folder / "statistics.safetensors") as path:
-        save_file(arrays | {"windows_WT": statistics.windows_WT.astype(np.int32)}, path)
+    for path in (folder / "statistics.json", folder / spectra.FILE, *spectra.files(folder)):
+        path.unlink(missing_ok=True)
+    layers: dict[str, dict[str, Any]] = {"": {name: getattr(statistics, name) for name in _SINGLE}}
+    layers[""]["windows_WT"] = statistics.windows_WT.astype(np.int32)
+    for name, gram_II in _grams(statistics).items():
+        layers.setdefault(f".{int(name.split('.')[1]):03d}", {})[name] = gram_II
+    for suffix, arrays in layers.items():
+        with atomic_path(folder / f"statistics{suffix}.safetensors") as path:
+            save_file({name: np.ascontiguousarray(jax.device_get(array)) for name, array in arrays.items()}, path)
     record = dict(about) | {"tokens": statistics.tokens, "seen": write_beside(folder / "statistics", seen)}
     with atomic_path(folder / "statistics.json") as path:
         path.write_text(json.dumps(record, indent=1, sort_keys=True))
@@ -247,36 +260,35 @@ def load(folder: str | Path) -> tuple[Statistics, dict[str, Any]]:
     folder = Path(folder)
     try:
         about = json.loads((folder / "statistics.json").read_text())
-        file = safe_open(folder / "statistics.safetensors", framework="numpy")
-        single = {name: jnp.asarray(file.get_tensor(name)) for name in _SINGLE}
-        windows_WT = file.get_tensor("windows_WT")
-    except (OSError, ValueError, SafetensorError) as error:
+        files = [safe_open(path, framework="numpy") for path in spectra.files(folder)]
+        places = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+        single = {name: jnp.asarray(places[name].get_tensor(name)) for name in _SINGLE}
+        windows_WT = places["windows_WT"].get_tensor("windows_WT")
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise InputError(f"{folder} holds no complete statistics ({error}); make them with sqjax calibrate") from error
-    grams = {"inputs": _Grams(file, "input/"), "outputs": _Grams(file, "output/")}
+    grams = {"inputs": _Grams(places, "input/"), "outputs": _Grams(places, "output/")}
     return Statistics(**grams, tokens=int(about["tokens"]), windows_WT=windows_WT, **single), about
 
 
 class _Grams(Mapping):
-    """Grams in a file, each read when it is asked for: all of them are ten times the size of the model's file."""
+    """Grams in files, each read when it is asked for: all of them are ten times the size of the model's file."""
 
-    def __init__(self, file: Any, prefix: str):
-        self._file, self._prefix = file, prefix
-        self._names = [name.removeprefix(prefix) for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+    def __init__(self, places: Mapping[str, Any], prefix: str):
+        self._prefix = prefix
+        self._places = {name.removeprefix(prefix): file for name, file in places.items() if name.startswith(prefix)}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._file.get_tensor(self._prefix + name)
+        return self._places[name].get_tensor(self._prefix + name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._places)
 
     def sizes(self) -> dict[str, int]:
         """Returns the number of rows of every Gram."""
-        return {name: self._file.get_slice(self._prefix + name).get_shape()[0] for name in self._names}
+        return {name: file.get_slice(self._prefix + name).get_shape()[0] for name, file in self._places.items()}
 
 
 def check_model(statistics: Statistics, config: ModelConfig) -> None:

@@ -55,6 +55,11 @@ def wait_for_all(where: str) -> None:
         multihost_utils.sync_global_devices(where)
 
 
+def as_first(answer: bool) -> bool:
+    """Returns what the first host says, so that all hosts take the same way."""
+    return answer if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.bool_(answer)))
+
+
 def create(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns a mesh of all devices, `model` of them sharing one copy of the parameters.
 

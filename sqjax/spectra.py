@@ -36,6 +36,11 @@ def work(sizes: Mapping[str, int]) -> int:
     return sum(4 * rows**3 // 3 for rows in sizes.values())
 
 
+def files(folder: str | Path) -> list[Path]:
+    """Returns the files that hold a folder's statistics."""
+    return sorted(Path(folder).glob("statistics*.safetensors"))
+
+
 def save(folder: str | Path) -> None:
     """Computes the eigenvalues of a folder's Grams and keeps them there.
 
@@ -65,12 +70,19 @@ def read_spectra(folder: str | Path) -> dict[str, Float32[np.ndarray, "I"]]:
 
 def _save_here(folder: Path) -> None:
     try:
-        with safe_open(folder / "statistics.safetensors", framework="numpy") as file:
-            names = [name for name in file.keys() if name.startswith(("input/", "output/"))]  # noqa: SIM118
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                found = dict(zip(names, pool.map(lambda name: eigenvalues(file.get_tensor(name)), names)))
+        places = {
+            name: file
+            for file in [safe_open(path, framework="numpy") for path in files(folder)]
+            for name in file.keys()  # noqa: SIM118
+            if name.startswith(("input/", "output/"))
+        }
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder} holds no statistics ({error}); give the folder of sqjax calibrate") from error
+    if not places:
+        raise InputError(f"{folder} holds no statistics; give the folder of sqjax calibrate")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        values = pool.map(lambda name: eigenvalues(places[name].get_tensor(name)), places)
+        found = dict(zip(places, values))
     with atomic_path(folder / FILE) as path:
         save_file({name: np.ascontiguousarray(values) for name, values in found.items()}, path)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sqjax import calibration, statistics
+from sqjax import calibration, spectra, statistics
 from sqjax.checkpoint import load_checkpoint
 from sqjax.model import Qwen35
 from sqjax.run import InputError
@@ -131,7 +131,7 @@ def test_devices_do_not_change_the_grams(model, tmp_path):
 def test_an_interrupted_run_ends_with_the_same_bits(model, tmp_path):
     rows, about = windows(6), {"text": "random"}
     run = lambda folder, progress=lambda done, total: None: calibration.calibrate(  # noqa: E731
-        model.config, model, rows, folder, about=about, batch=1, save_every=2, progress=progress
+        model.config, model, rows, folder, about=about, batch=1, save_every=2, save_seconds=0.0, progress=progress
     )
 
     def stop(done, total):
@@ -140,13 +140,14 @@ def test_an_interrupted_run_ends_with_the_same_bits(model, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "broken", stop)
-    assert not (tmp_path / "broken" / "statistics.safetensors").exists()
+    assert not spectra.files(tmp_path / "broken")
     with pytest.raises(InputError, match="other settings"):
         calibration.calibrate(model.config, model, rows, tmp_path / "broken", about=about, batch=1, seed=9)
     run(tmp_path / "broken")
     run(tmp_path / "whole")
-    files = [tmp_path / name / "statistics.safetensors" for name in ("broken", "whole")]
-    assert files[0].read_bytes() == files[1].read_bytes()
+    broken, whole = (spectra.files(tmp_path / name) for name in ("broken", "whole"))
+    assert [path.name for path in broken] == [path.name for path in whole] and len(whole) > 1
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(broken, whole))
     loaded, record = calibration.load(tmp_path / "whole")
     assert record["tokens"] == rows.size == loaded.tokens
     calibration.check_model(loaded, model.config)
