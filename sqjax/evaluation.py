@@ -202,15 +202,14 @@ def score(
       progress: called with the tokens done and their total after each batch.
 
     Raises:
-      InputError: the vocabularies differ, or a token lies outside of them.
+      InputError: the models differ in vocabulary or width, or a token lies outside of the vocabulary.
     """
     sequences = sequences if isinstance(sequences, Sequences) else Sequences.of_windows(sequences)
     vocabulary = reference.config.vocab_size
-    if vocabulary != student.config.vocab_size:
-        raise InputError(
-            f"the vocabularies differ: {vocabulary} tokens and {student.config.vocab_size}; "
-            "give the model that the file was made from"
-        )
+    for what, key in (("vocabularies", "vocab_size"), ("widths", "hidden_size")):
+        own, other = getattr(reference.config, key), getattr(student.config, key)
+        if own != other:
+            raise InputError(f"the {what} differ: {own} and {other}; give the model that the file was made from")
     if (highest := max(int(tokens.max()) for tokens in sequences.tokens)) >= vocabulary:
         raise InputError(f"token {highest} lies outside of the vocabulary of {vocabulary}; use the model's tokenizer")
     mesh = meshes.create() if mesh is None else mesh
