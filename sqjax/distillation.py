@@ -25,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Float, Float32, Int32, Int64
 
-from sqjax import evaluation
+from sqjax import calibration, evaluation
 from sqjax import mesh as meshes
 from sqjax.checkpoint import Checkpoint
 from sqjax.config import ModelConfig, is_matrix
@@ -45,6 +45,8 @@ PADDING = -1
 _MOST_ROLLBACKS = 6
 # Tokens whose activations fit at once, where the device does not say how much memory it has.
 _MICRO_TOKENS = 2048
+# Enough for Grams of a few thousand rows; they only weigh directions.
+_GRAM_WINDOWS = 128
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -72,42 +74,64 @@ def optimizer_of(settings: Refinement) -> optax.GradientTransformation:
 
 # What a device gets of an update's arguments: rows of matrices, rows of windows, or all.
 BY_WINDOW = jax.P(None, BATCH)
-_SPREAD = (*(meshes.rows,) * 3, *(BY_WINDOW,) * 2, COPIED, COPIED)
+
+
+def gram_rows(grams: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Returns the specs of `residual_grams`, whose rows are spread as those of the blocks' matrices are."""
+    return meshes.rows({"blocks": grams}, mesh)["blocks"]
+
+
+_SPREAD = (*(meshes.rows,) * 3, gram_rows, *(BY_WINDOW,) * 2, *(COPIED,) * 3)
 
 
 @functools.cache
 def make_update(
     config: ModelConfig, settings: Refinement, mesh: jax.sharding.Mesh | None = None
 ) -> Callable[..., tuple[State, jax.Array]]:
-    """Returns the jitted update(state, teacher, start, tokens_ABT, weight_ABT, multiplier, temperature) -> (state, KL).
+    """Returns update(state, teacher, start, grams, tokens_ABT, weight_ABT, *pace) -> (state, KL).
 
-    The weights are formed once and gradients summed over micro-batches in float32, and then over devices, before they
-    are pulled back to the latent values; the state's buffers are reused.
+    It is jitted. `grams` are those of the residual stream, as `residual_grams` returns them, or none; the pace is the
+    factor on the rates, the temperature of the codes and the share of the stream in the loss. The weights are formed
+    once and gradients summed over micro-batches in float32, and then over devices, before they are pulled back to the
+    latent values; the state's buffers are reused.
     """
     optimizer, dtype = optimizer_of(settings), settings.compute_dtype
     loss_of = functools.partial(model_loss, chunk=settings.chunk, remat=settings.remat)
 
-    def update(state, teacher, start, tokens_ABT, weight_ABT, multiplier, temperature):
+    def update(state, teacher, start, grams, tokens_ABT, weight_ABT, multiplier, temperature, share):
         form = lambda student: model_of(config, student, start, dtype, temperature)  # noqa: E731
         model, pull_back = jax.vjp(form, state.student)
 
         def add(sums, micro_batch):
-            new = jax.value_and_grad(loss_of)(model, teacher, *micro_batch)
-            return jax.tree.map(lambda total, new: total + new.astype(jnp.float32), sums, new), None
+            value_and_grad = jax.value_and_grad(functools.partial(loss_of, share=share), has_aux=True)
+            (_, kl), gradient = value_and_grad(model, teacher, grams, *micro_batch)
+            return jax.tree.map(lambda total, new: total + new.astype(jnp.float32), sums, (kl, gradient)), None
 
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), model)
-        (loss, gradient), _ = jax.lax.scan(add, (jnp.float32(0.0), zeros), (tokens_ABT, weight_ABT))
+        (kl, gradient), _ = jax.lax.scan(add, (jnp.float32(0.0), zeros), (tokens_ABT, weight_ABT))
         if mesh is not None and mesh.size > 1:
-            loss, gradient = meshes.total((loss, gradient), (COPIED, meshes.rows(abstract(config), mesh)))
+            kl, gradient = meshes.total((kl, gradient), (COPIED, meshes.rows(abstract(config), mesh)))
         gradient = jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), gradient, model)
         # Adam's bias correction raises a float to an integer power.
         with jax.numpy_dtype_promotion("standard"):
             changes, moments = optimizer.update(pull_back(gradient)[0], state.moments)
         student = jax.tree.map(lambda leaf, change: leaf + multiplier * change, state.student, changes)
-        return State(student, moments), loss
+        return State(student, moments), kl
 
     update = meshes.over(mesh, update, _SPREAD, lambda specs: (specs[0], COPIED))
     return jax.jit(update, donate_argnums=0, compiler_options=meshes.one_order())
+
+
+def residual_grams(
+    teacher: Qwen35, windows_WT: Int32[np.ndarray, "W T"], settings: Refinement, seed: int = 0
+) -> list[Float[jax.Array, "R D D"]]:
+    """Returns the Gram per token of gradients at the residual stream after each block, a stack for each position.
+
+    What `ffn_down` writes is added to the stream: its output Gram is the stream's.
+    """
+    options = {"shard": settings.shard, "chunk": settings.chunk, "seed": seed}
+    sums = calibration.collect(teacher, windows_WT[:_GRAM_WINDOWS], names=("ffn_down",), **options)
+    return [(kinds["ffn_down"]["output"] / sums.tokens).astype(settings.compute_dtype) for kinds in sums.blocks]
 
 
 def rows_of_update(seed: int, step: int, batch: int, total: int) -> Int64[np.ndarray, "B"]:
@@ -130,9 +154,10 @@ def micro_batches(config: ModelConfig, settings: Refinement) -> int:
     statistics = jax.local_devices()[0].memory_stats() or {}
     tokens = _MICRO_TOKENS
     if limit := statistics.get("bytes_limit"):
-        # float32 residuals of all layers and, under remat, the dozen wide arrays of one block and their gradients.
+        # float32 residuals of all layers of both models and, under remat, the dozen wide arrays of one block and their
+        # gradients.
         wide = config.intermediate_size + config.hidden_size + config.conv_channels
-        per_token = 4 * (config.num_hidden_layers * config.hidden_size + 24 * wide)
+        per_token = 4 * (2 * config.num_hidden_layers * config.hidden_size + 24 * wide)
         state = 32 * sum(math.prod(shape) for shape in config.tensor_shapes().values())
         logits = 24 * settings.chunk * config.vocab_size
         tokens = max(settings.length, int((0.8 * limit - state - logits) / per_token))
@@ -167,6 +192,7 @@ class Run:
     windows_WT: Int32[np.ndarray, "W T"]
     multiplier_U: Float32[np.ndarray, "U"]
     temperature_U: Float32[np.ndarray, "U"]
+    share_U: Float32[np.ndarray, "U"]
     start: Student
     begin: Callable[[], Student]
     accumulate: int
@@ -260,6 +286,8 @@ def prepare(
     teacher = Qwen35.from_tensors(config, checkpoint.tensors, dtype=dtype)
     teacher, start = (meshes.place(tree, mesh, meshes.rows(tree, mesh)) for tree in (teacher, start))
     update = make_update(config, settings, mesh)
+    grams = residual_grams(teacher, windows_WT, settings, seed) if settings.shares(updates).any() else []
+    grams = meshes.place(grams, mesh, gram_rows(grams, mesh))
     hidden = evaluation.hidden_states(teacher, watched, mesh=mesh)
     materialize = jax.jit(lambda student, start: model_of(config, student, start, dtype))
 
@@ -268,7 +296,7 @@ def prepare(
         return float(scores.kl.astype(np.float64).mean())
 
     def step(state, *rest):
-        return update(state, teacher, start, *rest)
+        return update(state, teacher, start, grams, *rest)
 
     def begin() -> Student:
         if not settings.softness:
@@ -277,7 +305,7 @@ def prepare(
         target = start_of(config, refold(config, checkpoint.tensors, start_tensors(file, config)))
         return jax.jit(functools.partial(initial, displacement=settings.displacement))(start, target)
 
-    schedules = settings.multipliers(updates), settings.temperatures(updates)
+    schedules = settings.multipliers(updates), settings.temperatures(updates), settings.shares(updates)
     return Run(config, settings, seed, windows_WT, *schedules, start, begin, accumulate, mesh, step, watch)
 
 
@@ -294,7 +322,7 @@ def advance(
     warm = min(1.0, (position.step - position.restarted + 1) / max(settings.warmup, 1)) if position.restarted else 1.0
     multiplier = float(run.multiplier_U[position.step]) * position.factor * warm
     temperature = float(run.temperature_U[position.step])
-    pace = jnp.float32(multiplier), jnp.float32(temperature)
+    pace = (jnp.float32(value) for value in (multiplier, temperature, run.share_U[position.step]))
     state, loss = run.update(state, *run.batch(position.step), *pace)
     loss = float(loss)
     position = dataclasses.replace(position, step=position.step + 1)

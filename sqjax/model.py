@@ -37,6 +37,8 @@ from sqjax.run import InputError
 Probe = Callable[[str, Array, Array], Array]
 # (accumulator, x_BTI, y_BTO) -> y_BTO
 Observe = Callable[[Any, Array, Array], Array]
+# (x_BTD, what is given) -> any pytree
+After = Callable[[Array, Any], Any]
 
 # Longer windows attend in blocks of this many queries, so that no T x T array of scores is ever held.
 _QUERY_BLOCK = 512
@@ -222,7 +224,9 @@ class Qwen35(nnx.Module):
         observe: Observe | None = None,
         probes: Sequence[Mapping[str, Any]] | None = None,
         remat: bool = False,
-    ) -> Float[Array, "B T D"]:
+        after: After | None = None,
+        given: Sequence[Any] | None = None,
+    ) -> Any:
         """Runs all blocks and the final norm, in float32, scanning over the repeats of the period.
 
         Args:
@@ -231,6 +235,11 @@ class Qwen35(nnx.Module):
           probes: for each position in the period, bare projection name -> accumulator, a pytree whose leaves are
             stacked [repeats, ...]; each repeat sees its slice. Gradients with respect to them have the same form.
           remat: recompute each block in the backward pass; only the residual stream between blocks is then kept.
+          after: called as after(x_BTD, given) with the residual stream after each block.
+          given: for each position in the period what `after` is given beside the stream, leaves stacked [repeats, ...].
+
+        Returns the normalised last hidden state [B, T, D]; with `after` also a list, for each position in the period,
+        of what it returned, stacked [repeats, ...].
         """
 
         def run_block(block, x_BTD, accumulators):
@@ -239,18 +248,24 @@ class Qwen35(nnx.Module):
 
             return block(x_BTD, probe if accumulators else None)
 
+        look = after
         if remat:
             # Inside a scan nothing can undo the recomputation, so the barrier against that would only cost speed.
             run_block = jax.checkpoint(run_block, prevent_cse=False)
+            look = look and jax.checkpoint(look, prevent_cse=False)
 
         def run_period(x_BTD, repeat):
-            for block, accumulators in zip(*repeat, strict=True):
+            found = []
+            for block, accumulators, beside in zip(*repeat, strict=True):
                 x_BTD = run_block(block, x_BTD, accumulators)
-            return x_BTD, None
+                found.append(None if after is None else look(x_BTD, beside))
+            return x_BTD, found
 
         accumulators = [{} for _ in self.blocks] if probes is None else [dict(probe) for probe in probes]
-        x_BTD, _ = jax.lax.scan(run_period, x_BTD, (self.blocks, accumulators))
-        return rms_norm(x_BTD, self.output_norm[...], self.config.rms_norm_eps)
+        given = [None] * len(self.blocks) if given is None else list(given)
+        x_BTD, found = jax.lax.scan(run_period, x_BTD, (self.blocks, accumulators, given))
+        hidden_BTD = rms_norm(x_BTD, self.output_norm[...], self.config.rms_norm_eps)
+        return hidden_BTD if after is None else (hidden_BTD, found)
 
     def hidden(
         self,

@@ -190,12 +190,14 @@ def need(config: ModelConfig, stage: str, length: int, shard: int, grams: int = 
         flops, moved_a_step = 6 * (inner + s.table) + 3 * mixing, 6 * s.weights + 3 * sums
         return Need((2 * weights + sums, stream), phases, flops, 2 * grams, 3 * moved, moved_a_step, 3 * passing)
     if stage == "refinement":
-        # Latent values and two moments, where they started, both models, sums of gradients; then the loss, the blocks
-        # with the output matrix's gradient and their own, and the changes of the latent values.
+        # Latent values and two moments, where they started, both models, sums of gradients, the stream's Grams; then
+        # the loss, the blocks with the output matrix's gradient and their own, and the changes of the latent values.
         phases = ((4 * s.table + 2 * table + 3 * logits, 0.0), (2 * s.table + 2 * blocks + 2 * weights, backward))
         phases += ((8 * weights, 0.0),)
-        flops = 2 * inner + 8 * inner + 8 * s.table + 5 * mixing
-        return Need((21.5 * weights, stream), phases, flops, 0, 5 * moved, 60 * weights, 6 * passing)
+        grams = layers * d**2
+        flops = 2 * inner + 8 * inner + 8 * s.table + 5 * mixing + 6 * grams
+        own = 21.5 * weights + 2 * grams / shard
+        return Need((own, 2 * stream), phases, flops, 0, 5 * moved, 60 * weights, 6 * passing)
     raise ValueError(stage)
 
 

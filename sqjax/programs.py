@@ -128,7 +128,10 @@ def refinement(config: ModelConfig, mesh: Mesh, settings: Refinement) -> Iterato
     shape = (settings.accumulate, settings.batch // settings.accumulate, settings.length)
     batches = (_array(mesh, shape, kind, BY_WINDOW) for kind in (jnp.int32, jnp.float32))
     teacher = _model(config, mesh, settings.compute_dtype)
-    arguments = (trees[0], teacher, trees[1], *batches, _array(mesh, ()), _array(mesh, ()))
+    count, width = config.num_hidden_layers // config.period, config.hidden_size
+    grams = [jax.ShapeDtypeStruct((count, width, width), settings.compute_dtype)] * config.period
+    grams = placed(grams, mesh, distillation.gram_rows(grams, mesh))
+    arguments = (trees[0], teacher, trees[1], grams, *batches, *[_array(mesh, ())] * 3)
     yield Program("refinement", "initial student", jax.jit(initial), (trees[1],))
     yield Program("refinement", "update", distillation.make_update(config, settings, mesh), arguments)
     model = jax.jit(lambda student, start: model_of(config, student, start, settings.compute_dtype))

@@ -1,27 +1,23 @@
 """Distillation into the format, its array and model part: what is trained is exactly what a Q4_K file holds.
 
 Letters: B batch, T time, N tokens (B T), C tokens of a chunk, K chunks, D model width, V vocabulary, R repeats of the
-period, O out features, I in features, S super-blocks in a row, G sub-blocks in a super-block.
+period.
 
-Latent values lie near the integers that rounding chose, u near a code:
+The student's matrices are latent values (latent.py). Their codes begin soft, on their way from the code to the weight
+that was rounded; the temperature falls until the stair is that of the file, and each code that settles is made good by
+those that have not. Then gradients pass straight through, at the rates that are left.
 
-    weight = fp16(d (1 + a)) round(s) round(u) - fp16(dmin (1 + b)) round(m).
-
-The forward pass uses the rounded values, those of the file; gradients pass through the rounding as if it were not
-there. A move of a scale thus moves values and flips no code.
-
-Codes begin soft: round(u) is a stair whose steps have a slope, at first nearly u itself, and u starts on its way from
-the code to the weight that was rounded. The temperature falls until the stair is that of the file; each code that
-settles is made good by those that have not. Then gradients pass straight through, at the rates that are left.
+The loss is KL(teacher || student), and for a share of it the error of the residual stream after every block under the
+Gram of the gradients there: the same divergence by a quadratic form, seen where it arises, with less noise.
 
 References:
   Gong et al., Differentiable Soft Quantization, 2019. https://arxiv.org/abs/1908.05033
-  Bengio, Leonard, Courville, Estimating or Propagating Gradients Through Stochastic Neurons, 2013 (straight-through).
+  Romero et al., FitNets: Hints for Thin Deep Nets, 2015 (errors inside the network). https://arxiv.org/abs/1412.6550
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,8 +27,11 @@ import optax
 from jaxtyping import Array, Float, Float32, Int
 
 from sqjax.config import ModelConfig, tensor_name
+from sqjax.delta_rule import product
+from sqjax.latent import Latent, harden, latent, weights
+from sqjax.mesh import whole
 from sqjax.model import BLOCKS, Qwen35
-from sqjax.q4_k import MAX_CODE, MAX_SCALE, Q4K, SUB_BLOCK, steps
+from sqjax.q4_k import Q4K
 from sqjax.run import InputError
 
 # What is trained at a rate of its own; mins go with the scales and dmin with d.
@@ -55,6 +54,8 @@ class Refinement:
       vectors_rate: the same for the F32 tensors, in units of their root mean square.
       train_vectors: whether F32 tensors are trained at all.
       beta1, beta2: decay of Adam's moments.
+      residual_share: share of the loss that compares the residual stream after every block, not the logits, at first.
+      residual_share_end: the same in the last update; it changes evenly.
       schedule: linear, cosine or constant, after the warm-up.
       warmup: updates over which rates rise from zero.
       softness: temperature of the stair at first; 0 for hard codes all along.
@@ -79,13 +80,15 @@ class Refinement:
       checkpoints: how many are kept.
     """
 
-    codes_rate: float = 0.009
+    codes_rate: float = 0.012
     scales_rate: float = 0.0
     d_rate: float = 0.0005
     vectors_rate: float = 0.0005
     train_vectors: bool = True
     beta1: float = 0.9
     beta2: float = 0.99
+    residual_share: float = 0.8
+    residual_share_end: float = 0.8
     schedule: str = "linear"
     warmup: int = 20
     softness: float = 0.3
@@ -119,6 +122,9 @@ class Refinement:
                 raise InputError(f"the setting {name} is {getattr(self, name)}; it must be at least 1")
         if self.softness and not 0 < self.softness_end <= self.softness:
             raise InputError(f"softness falls from {self.softness} to {self.softness_end}; set softness_end below it")
+        for name in ("residual_share", "residual_share_end"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"the setting {name} is {getattr(self, name)}; it must be from 0 to 1")
         if not any(self.rates.values()):
             raise InputError("all rates are zero, so that nothing would be refined; set one of them")
 
@@ -146,113 +152,9 @@ class Refinement:
         falling = np.geomspace(self.softness or 1.0, self.softness_end, max(soft, 1), dtype=np.float32)[:soft]
         return np.concatenate([falling, np.zeros(updates - soft, np.float32)])
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One matrix
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Latent:
-    """Continuous stand-ins for the leaves of a Q4K, each in units of one step of its own grid, or of its own size.
-
-    Attributes:
-      codes_OI: near the integers 0..15.
-      scales_OSG, mins_OSG: near the integers 0..63.
-      d_OS, dmin_OS: relative changes of the starting d and dmin.
-    """
-
-    codes_OI: Float32[Array, "*O I"]
-    scales_OSG: Float32[Array, "*O S 8"]
-    mins_OSG: Float32[Array, "*O S 8"]
-    d_OS: Float32[Array, "*O S"]
-    dmin_OS: Float32[Array, "*O S"]
-
-
-@jax.custom_jvp
-def straight_through(value: Array, rounded: Array) -> Array:
-    """Returns `rounded` to the bit, with the derivative of `value`."""
-    del value
-    return rounded
-
-
-@straight_through.defjvp
-def _straight_through_jvp(primals, tangents):
-    return primals[1], tangents[0]
-
-
-def latent(solution: Q4K, weight_OI: Float[Array, "*O I"] | None = None, displacement: float = 0.0) -> Latent:
-    """Returns the centres of the cells that a solution chose, or points of them displaced towards the weights."""
-    codes_OSGN = jnp.asarray(solution.codes_OSGN).astype(jnp.float32)
-    if weight_OI is not None:
-        step_OSG, offset_OSG = steps(solution)
-        ideal_OSGN = (weight_OI.reshape(codes_OSGN.shape) + offset_OSG[..., None]) / jnp.where(
-            step_OSG == 0, jnp.inf, step_OSG
-        )[..., None]
-        # The cell is not left: hardened, the latent values are the solution still.
-        codes_OSGN += displacement * jnp.clip(ideal_OSGN - codes_OSGN, -0.49, 0.49)
-    return Latent(
-        codes_OSGN.reshape(solution.shape),
-        jnp.asarray(solution.scales_OSG).astype(jnp.float32),
-        jnp.asarray(solution.mins_OSG).astype(jnp.float32),
-        jnp.zeros(solution.d_OS.shape, jnp.float32),
-        jnp.zeros(solution.dmin_OS.shape, jnp.float32),
-    )
-
-
-def _nearest(value: Array, top: int) -> Array:
-    return jnp.clip(jnp.round(value), 0, top)
-
-
-def _half(start_OS: Array, change_OS: Array) -> tuple[Array, Array]:
-    """A changed d or dmin in float32, and the same in float16; one sum and one product round alike in every program."""
-    value_OS = start_OS.astype(jnp.float32) * jnp.maximum(1.0 + change_OS, 0.0)
-    return value_OS, value_OS.astype(jnp.float16)
-
-
-def harden(values: Latent, start: Q4K) -> Q4K:
-    """Returns what latent values stand for, as it is written to the file."""
-    return Q4K(
-        _half(jnp.asarray(start.d_OS), values.d_OS)[1],
-        _half(jnp.asarray(start.dmin_OS), values.dmin_OS)[1],
-        _nearest(values.scales_OSG, MAX_SCALE).astype(jnp.uint8),
-        _nearest(values.mins_OSG, MAX_SCALE).astype(jnp.uint8),
-        _nearest(values.codes_OI, MAX_CODE).astype(jnp.uint8).reshape(start.codes_OSGN.shape),
-    )
-
-
-def stair(value: Array, temperature: Array) -> Array:
-    """Returns floor(u) + (f(u - floor(u)) - f(0)) / (f(1) - f(0)), f(x) = sigmoid((x - 1/2) / temperature).
-
-    Continuous; u where the temperature is high, round(u) where it is low.
-    """
-    low = jnp.floor(value)
-    edge = jax.nn.sigmoid(-0.5 / temperature)
-    return low + (jax.nn.sigmoid((value - low - 0.5) / temperature) - edge) / (1.0 - 2.0 * edge)
-
-
-def weights(values: Latent, start: Q4K, temperature: Array | None = None) -> Float32[Array, "*O I"]:
-    """Returns the weights of the hardened values, differentiable in the latent ones.
-
-    The derivative of a weight is that of d s u - dmin m at the rounded values of the other factors. Where the
-    `temperature` is above zero codes are soft, and have the derivative of their stair.
-    """
-
-    def half(start_OS, change_OS):
-        value_OS, half_OS = _half(jnp.asarray(start_OS), change_OS)
-        return straight_through(value_OS, half_OS.astype(jnp.float32))[..., None]
-
-    def integer(value, top):
-        return straight_through(value, _nearest(value, top))
-
-    step_OSG = half(start.d_OS, values.d_OS) * integer(values.scales_OSG, MAX_SCALE)
-    offset_OSG = half(start.dmin_OS, values.dmin_OS) * integer(values.mins_OSG, MAX_SCALE)
-    codes_OI = integer(values.codes_OI, MAX_CODE)
-    if temperature is not None:
-        soft_OI = jnp.clip(stair(values.codes_OI, jnp.where(temperature > 0, temperature, 1.0)), 0, MAX_CODE)
-        codes_OI = jnp.where(temperature > 0, soft_OI, codes_OI)
-    codes_OSGN = codes_OI.reshape(*step_OSG.shape, SUB_BLOCK)
-    return (step_OSG[..., None] * codes_OSGN - offset_OSG[..., None]).reshape(values.codes_OI.shape)
+    def shares(self, updates: int) -> Float32[np.ndarray, "U"]:
+        """Share of the residual stream in the loss of each update."""
+        return np.linspace(self.residual_share, self.residual_share_end, updates, dtype=np.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -313,21 +215,53 @@ def _loss_backward(chunk, residuals, cotangent):
 distillation_loss.defvjp(_loss_forward, _loss_backward)
 
 
+def residual_loss(
+    off_BTD: Float32[Array, "B T D"], gram_DD: Float[Array, "D D"], weight_BT: Float32[Array, "B T"]
+) -> Float32[Array, ""]:
+    """Sum over tokens of weight_BT 1/2 e^T G e for errors e of the residual stream after a block, in nats.
+
+    G is the Gram of the gradients there of log-likelihoods of labels that the teacher draws, its Fisher information:
+    KL(teacher || student) begins as this form.
+    """
+    pulled_BTD = product("BTD,DE->BTE", off_BTD.astype(gram_DD.dtype), gram_DD, jnp.float32)
+    return 0.5 * jnp.sum(weight_BT[..., None] * off_BTD * pulled_BTD)
+
+
 def model_loss(
     student: Qwen35,
     teacher: Qwen35,
+    grams: Sequence[Float[Array, "R D D"]],
     tokens_BT: Int[Array, "B T"],
     weight_BT: Float32[Array, "B T"],
     *,
+    share: Float32[Array, ""] | float,
     chunk: int,
     remat: bool = True,
-) -> Float32[Array, ""]:
-    """Sum over tokens of weight_BT KL(teacher || student) in nats, each token with what both say of its successor."""
-    pairs = []
-    for model, again in ((student, remat), (teacher, False)):
-        hidden_BTD = model.hidden(tokens_BT, remat=again)
-        pairs += [hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), model.head()]
-    return distillation_loss(*pairs, weight_BT.reshape(-1), min(chunk, weight_BT.size))
+) -> tuple[Float32[Array, ""], ...]:
+    """Returns (1 - share) KL + share times the mean of the blocks' `residual_loss`, and KL.
+
+    KL is the sum over tokens of weight_BT KL(teacher || student) in nats, each token with what both say of its
+    successor. `grams` are those of the residual stream, a stack for each position in the period; without them the loss
+    is KL.
+    """
+    table_VD, teacher_table_VD = student.head(), teacher.head()
+    embedded_BTD, teacher_BTD = student.embed(tokens_BT), teacher.embed(tokens_BT)
+    losses = []
+    if grams:
+        teacher_BTD, streams = teacher.trunk(teacher_BTD, after=lambda x_BTD, _: x_BTD)
+        given = jax.lax.stop_gradient(list(zip(streams, grams, strict=True)))
+
+        def compare(x_BTD, given):
+            ideal_BTD, gram_DD = given
+            return residual_loss(x_BTD - ideal_BTD, whole(gram_DD, x_BTD.shape[-1]), weight_BT)
+
+        student_BTD, losses = student.trunk(embedded_BTD, remat=remat, after=compare, given=given)
+    else:
+        teacher_BTD, student_BTD = teacher.trunk(teacher_BTD), student.trunk(embedded_BTD, remat=remat)
+    student_ND, teacher_ND = (x_BTD.reshape(-1, x_BTD.shape[-1]) for x_BTD in (student_BTD, teacher_BTD))
+    sides = (student_ND, table_VD, teacher_ND, teacher_table_VD)
+    kl = distillation_loss(*sides, weight_BT.reshape(-1), min(chunk, weight_BT.size))
+    return ((1.0 - share) * kl + share * jnp.mean(jnp.concatenate(losses)) if grams else kl), kl
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -45,11 +45,11 @@ def measure(checkpoint_folder: Path, file: Path, shard: int) -> dict[str, np.nda
     settings = refinement.Refinement(**SETTINGS, shard=shard)
     run = distillation.prepare(checkpoint, gguf_file.read_gguf(file), windows(), None, settings=settings)
     state = run.state_of(jax.jit(refinement.initial)(run.start))
-    state, loss = run.update(state, *run.batch(0), jnp.float32(1.0), jnp.float32(0.3))
+    state, loss = run.update(state, *run.batch(0), jnp.float32(1.0), jnp.float32(0.3), jnp.float32(0.8))
     result |= {f"state/{path}": leaf for path, leaf in _leaves(mesh.to_host(state))}
     result |= {"loss": mesh.to_host(loss), "watched": np.float64(run.watch(state.student))}
 
-    run.update(state, *run.batch(1), jnp.float32(1.0), jnp.float32(0.0))
+    run.update(state, *run.batch(1), jnp.float32(1.0), jnp.float32(0.0), jnp.float32(0.8))
     assert distillation.make_update(checkpoint.config, settings, run.mesh)._cache_size() == 1
 
     student = sources.load_model(gguf_file.read_gguf(file))

@@ -10,7 +10,7 @@ run
 display run_folder spectra delta_kernels
 config q4_k delta_rule texts settings mesh buckets
 least_squares
-tokens scales objective hub
+tokens scales objective latent hub
 rounding equalize fingerprints
 checkpoint
 gguf_metadata

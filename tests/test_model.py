@@ -252,6 +252,18 @@ def tiny_gradient(dtype, remat=False):
     return by_model.to_tensors(), by_factor
 
 
+def test_what_is_seen_after_each_block_is_what_it_returns():
+    model, tokens_BT = tiny(jnp.float32), tiny_tokens()[:, :40]
+    keep = jax.jit(lambda model, x_BTD: model.trunk(x_BTD, after=lambda x_BTD, _: x_BTD))
+    hidden_BTD, streams = keep(model, model.embed(tokens_BT))
+    np.testing.assert_allclose(hidden_BTD, jax.jit(Qwen35.hidden)(model, tokens_BT), atol=1e-5)
+    x_BTD = model.embed(tokens_BT)
+    for layer in range(model.config.num_hidden_layers):
+        x_BTD = model.block(layer)(x_BTD)
+        kept_BTD = streams[layer % model.config.period][layer // model.config.period]
+        np.testing.assert_allclose(kept_BTD, x_BTD, atol=1e-4 * float(jnp.abs(x_BTD).max()), err_msg=f"{layer}")
+
+
 @pytest.mark.slow
 def test_recomputing_blocks_changes_no_gradient():
     for name, expected in tiny_gradient(jnp.float32)[0].items():

@@ -1,6 +1,7 @@
 """Distillation into the format: its loss, its gradients and the identity of what is trained with what is written."""
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -13,10 +14,11 @@ import pytest
 from random_checkpoint import RUNNABLE, write
 
 import sqjax
-from sqjax import distillation, refinement, run_folder, scales, sources
+from sqjax import distillation, latent, refinement, run_folder, scales, sources
 from sqjax.checkpoint import load_checkpoint
 from sqjax.evaluation import Sequences
 from sqjax.gguf_file import read_gguf, write_gguf
+from sqjax.model import Qwen35, rms_norm
 from sqjax.q4_k import Q4K, dequantize, valid
 from sqjax.refinement import Refinement
 from sqjax.settings import read_settings
@@ -55,48 +57,59 @@ def equal(a, b):
     return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
+@pytest.fixture(scope="module")
+def teacher(model):
+    checkpoint = load_checkpoint(model)
+    return Qwen35.from_tensors(checkpoint.config, checkpoint.tensors)
+
+
+@pytest.fixture(scope="module")
+def windows():
+    return jnp.asarray(np.random.default_rng(5).integers(0, 512, (128, 32)), jnp.int32)
+
+
 # ---- one matrix
 
 
 def test_the_centres_of_cells_harden_to_the_solution():
     q = random_q4k()
-    assert equal(refinement.harden(refinement.latent(q), q), q)
+    assert equal(latent.harden(latent.latent(q), q), q)
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.4, 30.0])
 def test_weights_are_those_of_the_hardened_values_to_the_bit(spread):
     q = random_q4k()
-    values = moved(refinement.latent(q), spread)
-    hard = refinement.harden(values, q)
+    values = moved(latent.latent(q), spread)
+    hard = latent.harden(values, q)
     assert valid(hard) and equal(hard, q) == (spread == 0.0)
-    np.testing.assert_array_equal(jax.jit(refinement.weights)(values, q), dequantize(hard))
+    np.testing.assert_array_equal(jax.jit(latent.weights)(values, q), dequantize(hard))
 
 
 def test_the_stair_is_the_identity_when_hot_and_rounding_when_cold():
     value = jnp.linspace(-0.9, 15.9, 1009)
-    np.testing.assert_allclose(refinement.stair(value, 50.0), value, atol=1e-4)
+    np.testing.assert_allclose(latent.stair(value, 50.0), value, atol=1e-4)
     away = jnp.abs(value - jnp.floor(value) - 0.5) > 0.05
-    np.testing.assert_allclose(refinement.stair(value, 1e-3)[away], jnp.round(value)[away], atol=1e-6)
-    assert (np.diff(refinement.stair(value, 0.1)) >= -1e-5).all()
+    np.testing.assert_allclose(latent.stair(value, 1e-3)[away], jnp.round(value)[away], atol=1e-6)
+    assert (np.diff(latent.stair(value, 0.1)) >= -1e-5).all()
 
 
 def test_displaced_codes_harden_to_the_solution_and_are_nearer_to_the_weights_while_soft():
     weight_OI = np.random.default_rng(0).standard_normal((6, 512)).astype(np.float32)
     q = random_q4k()
-    values = refinement.latent(q, jnp.asarray(weight_OI), 1.0)
-    assert equal(refinement.harden(values, q), q)
-    soft, hard = (jnp.abs(refinement.weights(values, q, jnp.float32(t)) - weight_OI) for t in (50.0, 0.0))
-    np.testing.assert_array_equal(refinement.weights(values, q, jnp.float32(0.0)), dequantize(q))
+    values = latent.latent(q, jnp.asarray(weight_OI), 1.0)
+    assert equal(latent.harden(values, q), q)
+    soft, hard = (jnp.abs(latent.weights(values, q, jnp.float32(t)) - weight_OI) for t in (50.0, 0.0))
+    np.testing.assert_array_equal(latent.weights(values, q, jnp.float32(0.0)), dequantize(q))
     # What is left are weights beyond the ends of their grid and a hundredth of each cell.
     assert float(jnp.mean(soft)) < 0.1 * float(jnp.mean(hard))
 
 
 def test_gradients_are_those_of_the_equation_at_the_rounded_values():
     q = random_q4k()
-    values = moved(refinement.latent(q), 0.3)
-    hard = refinement.harden(values, q)
+    values = moved(latent.latent(q), 0.3)
+    hard = latent.harden(values, q)
     slope_OI = np.random.default_rng(2).standard_normal(q.shape).astype(np.float32)
-    found = jax.grad(lambda values: jnp.vdot(jnp.asarray(slope_OI), refinement.weights(values, q)))(values)
+    found = jax.grad(lambda values: jnp.vdot(jnp.asarray(slope_OI), latent.weights(values, q)))(values)
     slope = slope_OI.reshape(hard.codes_OSGN.shape)
     d, dmin, s, m, u = (np.asarray(leaf, np.float32) for leaf in jax.tree.leaves(hard))
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # noqa: E731
@@ -133,6 +146,44 @@ def test_loss_and_gradients_equal_those_of_full_logits(chunk):
         jax.tree.leaves(ours(student_ND, table_VD)), jax.tree.leaves(direct(student_ND, table_VD))
     ):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def stream(x_BTD, _):
+    return x_BTD
+
+
+def test_residual_loss_is_where_the_divergence_of_a_disturbed_stream_begins(teacher, windows):
+    """KL(teacher || disturbed) -> 1/2 e^T G e for one small e at every token after the last block."""
+    grams = distillation.residual_grams(teacher, windows, Refinement(chunk=64))
+    hidden_BTD, streams = teacher.trunk(teacher.embed(windows), after=stream)
+    stream_BTD = streams[-1][-1]
+    error_D = 1e-3 * jnp.asarray(np.random.default_rng(6).standard_normal(stream_BTD.shape[-1]), jnp.float32)
+    disturbed_BTD = rms_norm(stream_BTD + error_D[None, None], teacher.output_norm[...], teacher.config.rms_norm_eps)
+    rows = [x_BTD.reshape(-1, x_BTD.shape[-1]) for x_BTD in (disturbed_BTD, hidden_BTD)]
+    weight_BT = jnp.full(windows.shape, 1.0 / windows.size)
+    table_VD = teacher.head()
+    kl = refinement.distillation_loss(rows[0], table_VD, rows[1], table_VD, weight_BT.reshape(-1), 64)
+    off_BTD = jnp.broadcast_to(error_D[None, None], stream_BTD.shape)
+    # The Gram is of labels that were drawn, once for each of 4,096 tokens.
+    np.testing.assert_allclose(refinement.residual_loss(off_BTD, grams[-1][-1], weight_BT), kl, rtol=0.1)
+
+
+def test_the_share_mixes_the_two_losses(teacher, windows):
+    student = jax.tree.map(lambda leaf: 1.01 * leaf, teacher)
+    grams = distillation.residual_grams(teacher, windows[:8], Refinement(chunk=64))
+    loss_of = functools.partial(refinement.model_loss, student, teacher, grams, windows[:4], chunk=48)
+    weight_BT = jnp.full((4, windows.shape[1]), 0.01)
+    losses, kls = np.transpose([loss_of(weight_BT, share=share) for share in (0.0, 0.25, 1.0)])
+    np.testing.assert_allclose(kls, losses[0], rtol=1e-6)
+    np.testing.assert_allclose(losses[1], 0.75 * losses[0] + 0.25 * losses[2], rtol=1e-5)
+    streams = [model.trunk(model.embed(windows[:4]), after=stream)[1] for model in (student, teacher)]
+    direct = [
+        0.5 * 0.01 * np.einsum("btd,de,bte->", off, gram, off)
+        for own, ideal, stack in zip(*streams, grams)
+        for off, gram in zip(np.asarray(own - ideal), np.asarray(stack))
+    ]
+    np.testing.assert_allclose(losses[2], np.mean(direct), rtol=1e-4)
+    assert float(refinement.model_loss(teacher, teacher, grams, windows[:4], weight_BT, share=0.5, chunk=48)[0]) == 0.0
 
 
 # ---- the student
@@ -193,7 +244,7 @@ def test_micro_batches_sum_to_the_batch(tmp_path):
     for accumulate in (1, 2):
         run = prepared(tmp_path / "single", tmp_path / "single.gguf", accumulate=accumulate)
         state, loss = run.update(
-            run.state_of(refinement.initial(run.start)), *run.batch(0), jnp.float32(0.0), jnp.float32(0.0)
+            run.state_of(refinement.initial(run.start)), *run.batch(0), *map(jnp.float32, (0.0, 0.0, 0.8))
         )
         results.append((loss, jax.tree.leaves(state.moments)))
     for two, one in zip(*map(jax.tree.leaves, results), strict=True):
@@ -241,7 +292,7 @@ def test_a_run_with_soft_codes_lowers_the_divergence_and_is_resumed_to_the_same_
     run = prepared(model, q4_k, softness=0.3, soft_share=0.5)
     assert (run.temperature_U[:6] > 0).all() and not run.temperature_U[6:].any()
     # Half way to the weights the model is nearer to its teacher than any file of these scales could be.
-    _, loss = run.update(run.state_of(run.begin()), *run.batch(0), jnp.float32(0.0), jnp.float32(0.3))
+    _, loss = run.update(run.state_of(run.begin()), *run.batch(0), *map(jnp.float32, (0.0, 0.3, 0.8)))
     assert float(loss) < 0.5 * run.watch(refinement.initial(run.start))
 
     def kill(done, total, note=""):
@@ -313,8 +364,8 @@ def test_a_state_that_is_not_finite_is_rolled_back_with_half_the_rates(run, tmp_
 
 
 def test_a_diverging_run_ends_with_what_was_best(run, tmp_path, capsys):
-    def hasty(state, tokens_ABT, weight_ABT, multiplier, temperature):
-        return run.update(state, tokens_ABT, weight_ABT, 300.0 * multiplier, temperature)
+    def hasty(state, tokens_ABT, weight_ABT, multiplier, *pace):
+        return run.update(state, tokens_ABT, weight_ABT, 300.0 * multiplier, *pace)
 
     wild = dataclasses.replace(run, update=hasty, settings=dataclasses.replace(run.settings, watch_every=1))
     tensors, position = distillation.distill(wild, tmp_path)

@@ -8,9 +8,14 @@ PARTS = ("start", "curve", "seeds", "ablation", "chosen", "languages", "chat", "
 # What the ablation tries in the place of the defaults; the best of each group by watch goes into what is chosen.
 # The first names leave a group's decision to chance the least, and are run first.
 GROUPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "residual": {
+        "share 0.9 to 0.3": ("residual_share=0.9", "residual_share_end=0.3"),
+        "share 0.9 to 0": ("residual_share=0.9", "residual_share_end=0.0"),
+        "KL alone, codes_rate 0.009": ("residual_share=0.0", "residual_share_end=0.0", "codes_rate=0.009"),
+    },
     "rate": {
-        "codes_rate 0.006": ("codes_rate=0.006",),
-        "codes_rate 0.012": ("codes_rate=0.012",),
+        "codes_rate 0.009": ("codes_rate=0.009",),
+        "codes_rate 0.018": ("codes_rate=0.018",),
     },
     "fall of the temperature": {
         "softness_end 0.005, soft_share 1": ("softness_end=0.005", "soft_share=1.0"),
@@ -47,7 +52,7 @@ CHAT: Mapping[str, tuple[int, tuple[str, ...]]] = {
     "16 epochs, codes alone": (16, ("d_rate=0.0", "train_vectors=false")),
     "16 epochs, d and F32 tensors alone": (16, ("codes_rate=0.0",)),
     "16 epochs, hard codes": (16, ("softness=0.0",)),
-    "64 epochs, half the rates": (64, ("codes_rate=0.003", "d_rate=0.00025", "vectors_rate=0.00025")),
+    "64 epochs, half the rates": (64, ("codes_rate=0.006", "d_rate=0.00025", "vectors_rate=0.00025")),
 }
 
 

@@ -363,11 +363,14 @@ def refinement(arguments) -> None:
     teacher = meshes.place(random_model(config, settings.compute_dtype), mesh)
     tokens = random_tokens(config, settings.accumulate, batch // settings.accumulate, length)
     weight = jnp.full(tokens.shape, 1.0 / tokens.size)
-    rest = (*meshes.place((tokens, weight), mesh, BY_WINDOW), jnp.float32(1.0), jnp.float32(0.3))
+    rest = (*meshes.place((tokens, weight), mesh, BY_WINDOW), *map(jnp.float32, (1.0, 0.3, 0.8)))
     update = make_update(config, settings, mesh)
+    count, width = config.num_hidden_layers // config.period, config.hidden_size
+    gram_RDD = jnp.broadcast_to(jnp.eye(width, dtype=settings.compute_dtype), (count, width, width))
+    grams = meshes.place([gram_RDD] * config.period, mesh)
 
     def call():
-        state["state"], loss = update(state["state"], teacher, start, *rest)
+        state["state"], loss = update(state["state"], teacher, start, grams, *rest)
         loss.block_until_ready()
 
     with Clock() as clock:
