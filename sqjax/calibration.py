@@ -113,14 +113,17 @@ def collect(
                 model, sums, tokens_BT, mask_BT, jax.random.fold_in(key, index), chunk=chunk, mesh=mesh
             )
             if manager is not None and (index + 1) % save_every == 0:
-                # What goes on is what is or could be saved, so that a resumed run has the same bits on any devices.
-                whole = folded(sums, mesh)
                 # All Grams are ten times the size of the model's file: written too often they take most of the time.
-                if meshes.as_first(time.monotonic() - saved >= save_seconds):
-                    manager.save(index + 1, args=ocp.args.StandardSave(jax.tree.leaves(whole)))
-                    manager.wait_until_finished()
-                    saved = time.monotonic()
-                sums = spread(whole, mesh)
+                due = meshes.as_first(time.monotonic() - saved >= save_seconds)
+                # What goes on is what is or could be saved, so that a resumed run has the same bits on any devices; on
+                # one device it is what there is.
+                if due or mesh.size > 1:
+                    whole = folded(sums, mesh)
+                    if due:
+                        manager.save(index + 1, args=ocp.args.StandardSave(jax.tree.leaves(whole)))
+                        manager.wait_until_finished()
+                        saved = time.monotonic()
+                    sums = spread(whole, mesh)
             progress(index + 1, total)
     return folded(sums, mesh)
 

@@ -37,14 +37,18 @@ from sqjax.gguf_file import GGUFTensors
 from sqjax.mesh import BATCH, COPIED, to_host
 from sqjax.model import Qwen35, abstract
 from sqjax.q4_k import Q4K
-from sqjax.refinement import Refinement, Student, harden_student, initial, kinds, model_loss, model_of, start_of
+from sqjax.refinement import REMATS, Refinement, Student, harden_student, initial, kinds, model_loss, model_of, start_of
 from sqjax.run import InputError, interruption
 from sqjax.run_folder import metrics
+from sqjax.statistics import PROJECTIONS
 
 PADDING = -1
 _MOST_ROLLBACKS = 6
-# Tokens whose activations fit at once, where the device does not say how much memory it has.
-_MICRO_TOKENS = 2048
+# Tokens of a micro-batch: where the device does not say how much memory it has, and below which more of them are worth
+# more than what less recomputation saves.
+_UNKNOWN_TOKENS, _LEAST_TOKENS = 2048, 8192
+# Activations of a micro-batch, counted generously, beyond which a device is no faster.
+_MOST_BYTES = 24 << 30
 # Enough for Grams of a few thousand rows; they only weigh directions.
 _GRAM_WINDOWS = 128
 
@@ -141,27 +145,61 @@ def rows_of_update(seed: int, step: int, batch: int, total: int) -> Int64[np.nda
     return np.array([orders[number][place] for number, place in zip(passes, places)])
 
 
-def micro_batches(config: ModelConfig, settings: Refinement) -> int:
-    """Chooses how many micro-batches an update is summed over: a divisor of its windows per device."""
+def with_noise(
+    rows_BT: Int32[np.ndarray, "B T"], share: float, vocabulary: int, seed: tuple[int, ...]
+) -> Int32[np.ndarray, "B T"]:
+    """Returns windows in which tokens are replaced by random ones, a share between zero and twice `share` of each.
+
+    The teacher answers to any text: passes over the same documents then differ, and rows of the table that the text
+    hardly reads are seen.
+    """
+    random = np.random.default_rng((*seed, 1))
+    share_B1 = random.uniform(0.0, 2.0 * share, (len(rows_BT), 1))
+    replaced_BT = (random.random(rows_BT.shape) < share_B1) & (rows_BT != PADDING)
+    return np.where(replaced_BT, random.integers(0, vocabulary, rows_BT.shape, dtype=np.int32), rows_BT)
+
+
+def fitted(config: ModelConfig, settings: Refinement) -> Refinement:
+    """Returns the settings with what a device's memory decides: micro-batches, and what the backward pass recomputes.
+
+    Raises:
+      InputError: the batch cannot be shared by the devices, or not in so many micro-batches.
+    """
     devices = len(jax.devices())
     if settings.batch % devices:
         raise InputError(f"{settings.batch} windows cannot be shared by {devices} devices; set batch to a multiple")
     rows = settings.batch // devices
-    if settings.accumulate:
-        if rows % settings.accumulate:
-            raise InputError(f"{rows} windows a device are no {settings.accumulate} micro-batches; set another number")
-        return settings.accumulate
-    statistics = jax.local_devices()[0].memory_stats() or {}
-    tokens = _MICRO_TOKENS
-    if limit := statistics.get("bytes_limit"):
-        # float32 residuals of all layers of both models and, under remat, the dozen wide arrays of one block and their
-        # gradients.
-        wide = config.intermediate_size + config.hidden_size + config.conv_channels
-        per_token = 4 * (2 * config.num_hidden_layers * config.hidden_size + 24 * wide)
-        state = 32 * sum(math.prod(shape) for shape in config.tensor_shapes().values())
-        logits = 24 * settings.chunk * config.vocab_size
-        tokens = max(settings.length, int((0.8 * limit - state - logits) / per_token))
-    return next(a for a in range(1, rows + 1) if rows % a == 0 and (rows // a * settings.length <= tokens or a == rows))
+    if settings.accumulate and rows % settings.accumulate:
+        raise InputError(f"{rows} windows a device are no {settings.accumulate} micro-batches; set another number")
+    room = {remat: _room(config, settings, remat) for remat in REMATS}
+    remat = settings.remat
+    if remat == "auto":
+        asked = rows // (settings.accumulate or rows) * settings.length
+        remat = "between" if room["between"] >= max(asked, min(_LEAST_TOKENS, rows * settings.length)) else "blocks"
+    fits = lambda a: rows % a == 0 and rows // a * settings.length <= room[remat]  # noqa: E731
+    accumulate = settings.accumulate or next((a for a in range(1, rows) if fits(a)), rows)
+    return dataclasses.replace(settings, accumulate=accumulate, remat=remat)
+
+
+def _room(config: ModelConfig, settings: Refinement, remat: str) -> int:
+    """Tokens of a micro-batch whose activations fit on a device; no more than keep it busy."""
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit is None:
+        return _UNKNOWN_TOKENS
+    # float32 residuals of all layers of both models, the dozen wide arrays of one block and their gradients, and what
+    # is kept of every block.
+    wide = config.intermediate_size + config.hidden_size + config.conv_channels
+    projected = sum(
+        shape[0]
+        for kind in config.layer_types
+        for name, shape in config.block_shapes(kind).items()
+        if name in PROJECTIONS
+    )
+    kept = {"blocks": 0, "between": 2 * projected, "none": 4 * 12 * wide * config.num_hidden_layers}[remat]
+    per_token = 4 * (2 * config.num_hidden_layers * config.hidden_size + 24 * wide) + kept
+    state = 32 * sum(math.prod(shape) for shape in config.tensor_shapes().values())
+    logits = 24 * settings.chunk * config.vocab_size
+    return int(min(0.8 * limit - state - logits, _MOST_BYTES) / per_token)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,7 +233,6 @@ class Run:
     share_U: Float32[np.ndarray, "U"]
     start: Student
     begin: Callable[[], Student]
-    accumulate: int
     mesh: jax.sharding.Mesh
     update: Callable[..., tuple[State, jax.Array]]
     watch: Callable[[Student], float]
@@ -215,7 +252,9 @@ class Run:
     def batch(self, step: int) -> tuple[jax.Array, jax.Array]:
         """Returns tokens and weights [A, B, T] of an update; weights sum to one, those of padding are zero."""
         rows = self.windows_WT[rows_of_update(self.seed, step, self.settings.batch, len(self.windows_WT))]
-        rows = rows.reshape(self.accumulate, -1, rows.shape[-1])
+        if self.settings.noise:
+            rows = with_noise(rows, self.settings.noise, self.config.vocab_size, (self.seed, step))
+        rows = rows.reshape(self.settings.accumulate, -1, rows.shape[-1])
         mask = (rows != PADDING).astype(np.float32)
         batch = (np.maximum(rows, 0), mask / max(float(mask.sum()), 1.0))
         return meshes.place(batch, self.mesh, BY_WINDOW)
@@ -280,7 +319,7 @@ def prepare(
     if watched is None:
         windows_WT, watched = hold_out(windows_WT, settings.watch_windows)
     updates = settings.updates or max(1, -(-tokens // (settings.batch * settings.length)))
-    accumulate = micro_batches(config, settings)
+    settings = fitted(config, settings)
     mesh = meshes.create(settings.shard)
     start = start_of(config, start_tensors(file, config))
     teacher = Qwen35.from_tensors(config, checkpoint.tensors, dtype=dtype)
@@ -306,7 +345,7 @@ def prepare(
         return jax.jit(functools.partial(initial, displacement=settings.displacement))(start, target)
 
     schedules = settings.multipliers(updates), settings.temperatures(updates), settings.shares(updates)
-    return Run(config, settings, seed, windows_WT, *schedules, start, begin, accumulate, mesh, step, watch)
+    return Run(config, settings, seed, windows_WT, *schedules, start, begin, mesh, step, watch)
 
 
 def advance(

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from sqjax import delta_rule
@@ -42,6 +43,8 @@ After = Callable[[Array, Any], Any]
 
 # Longer windows attend in blocks of this many queries, so that no T x T array of scores is ever held.
 _QUERY_BLOCK = 512
+# What `trunk` may keep of a block that it recomputes.
+_PROJECTED = "projected"
 
 
 class Block(nnx.Module):
@@ -87,6 +90,7 @@ class Block(nnx.Module):
         x_BTI = x_BTI.astype(self.dtype)
         weight_OI = whole(getattr(self, name)[...], self.config.block_shapes(self.layer_type)[name][0])
         y_BTO = product("BTI,OI->BTO", x_BTI, weight_OI, self.dtype if dtype is None else dtype)
+        y_BTO = checkpoint_name(y_BTO, _PROJECTED)
         return y_BTO if probe is None else probe(name, x_BTI, y_BTO)
 
     @property
@@ -224,6 +228,7 @@ class Qwen35(nnx.Module):
         observe: Observe | None = None,
         probes: Sequence[Mapping[str, Any]] | None = None,
         remat: bool = False,
+        keep: bool = False,
         after: After | None = None,
         given: Sequence[Any] | None = None,
     ) -> Any:
@@ -235,6 +240,7 @@ class Qwen35(nnx.Module):
           probes: for each position in the period, bare projection name -> accumulator, a pytree whose leaves are
             stacked [repeats, ...]; each repeat sees its slice. Gradients with respect to them have the same form.
           remat: recompute each block in the backward pass; only the residual stream between blocks is then kept.
+          keep: with `remat`, keep what the projections gave, too, and recompute only what lies between them.
           after: called as after(x_BTD, given) with the residual stream after each block.
           given: for each position in the period what `after` is given beside the stream, leaves stacked [repeats, ...].
 
@@ -251,7 +257,8 @@ class Qwen35(nnx.Module):
         look = after
         if remat:
             # Inside a scan nothing can undo the recomputation, so the barrier against that would only cost speed.
-            run_block = jax.checkpoint(run_block, prevent_cse=False)
+            policy = jax.checkpoint_policies.save_only_these_names(_PROJECTED) if keep else None
+            run_block = jax.checkpoint(run_block, prevent_cse=False, policy=policy)
             look = look and jax.checkpoint(look, prevent_cse=False)
 
         def run_period(x_BTD, repeat):

@@ -42,6 +42,12 @@ SCHEDULES: Mapping[str, Callable[[int], optax.Schedule]] = {
     "constant": lambda updates: optax.constant_schedule(1.0),
 }
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
+# Arguments of `Qwen35.trunk`.
+REMATS: Mapping[str, Mapping[str, bool]] = {
+    "blocks": {"remat": True, "keep": False},
+    "between": {"remat": True, "keep": True},
+    "none": {"remat": False, "keep": False},
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,11 +69,13 @@ class Refinement:
       soft_share: share of the updates in which codes are soft.
       displacement: how far u starts from the code towards the weight that was rounded, 1 being all of the way.
       updates: number of updates; 0 for as many as the tokens that were asked for.
+      noise: share of the tokens in whose place random ones are read, in the mean; each window has a share of its own.
       length: tokens of a window.
       batch: windows of an update.
       accumulate: micro-batches that an update is summed over; 0 for as few as the device's memory allows.
       chunk: tokens whose logits exist at a time.
-      remat: recompute blocks in the backward pass.
+      remat: what the backward pass computes anew: `blocks`, what lies `between` their matrix products, or `none`; auto
+        keeps the products where there is room for them.
       shard: devices that share one copy of the weights, the latent values and the optimizer's state.
       dtype: bf16 or f32 for matrices and products; auto takes f32 on CPU, else bf16. State is float32 in either.
       watch: suite or text whose KL chooses the best state; `heldout` takes windows of the calibration text.
@@ -96,11 +104,12 @@ class Refinement:
     soft_share: float = 0.9
     displacement: float = 0.6
     updates: int = 0
+    noise: float = 0.0
     length: int = 512
     batch: int = 32
     accumulate: int = 0
     chunk: int = 1024
-    remat: bool = True
+    remat: str = "auto"
     shard: int = 1
     dtype: str = "auto"
     watch: str = "convergence60"
@@ -113,7 +122,7 @@ class Refinement:
     checkpoints: int = 2
 
     def __post_init__(self):
-        choices = {"schedule": tuple(SCHEDULES), "dtype": ("auto", *DTYPES)}
+        choices = {"schedule": tuple(SCHEDULES), "dtype": ("auto", *DTYPES), "remat": ("auto", *REMATS)}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"the setting {name} is {getattr(self, name)!r}; choose {', '.join(allowed)}")
@@ -125,6 +134,8 @@ class Refinement:
         for name in ("residual_share", "residual_share_end"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"the setting {name} is {getattr(self, name)}; it must be from 0 to 1")
+        if not 0 <= self.noise <= 0.5:
+            raise InputError(f"the setting noise is {self.noise}; it must be from 0 to 0.5")
         if not any(self.rates.values()):
             raise InputError("all rates are zero, so that nothing would be refined; set one of them")
 
@@ -236,7 +247,7 @@ def model_loss(
     *,
     share: Float32[Array, ""] | float,
     chunk: int,
-    remat: bool = True,
+    remat: str = "blocks",
 ) -> tuple[Float32[Array, ""], ...]:
     """Returns (1 - share) KL + share times the mean of the blocks' `residual_loss`, and KL.
 
@@ -255,9 +266,9 @@ def model_loss(
             ideal_BTD, gram_DD = given
             return residual_loss(x_BTD - ideal_BTD, whole(gram_DD, x_BTD.shape[-1]), weight_BT)
 
-        student_BTD, losses = student.trunk(embedded_BTD, remat=remat, after=compare, given=given)
+        student_BTD, losses = student.trunk(embedded_BTD, after=compare, given=given, **REMATS[remat])
     else:
-        teacher_BTD, student_BTD = teacher.trunk(teacher_BTD), student.trunk(embedded_BTD, remat=remat)
+        teacher_BTD, student_BTD = teacher.trunk(teacher_BTD), student.trunk(embedded_BTD, **REMATS[remat])
     student_ND, teacher_ND = (x_BTD.reshape(-1, x_BTD.shape[-1]) for x_BTD in (student_BTD, teacher_BTD))
     sides = (student_ND, table_VD, teacher_ND, teacher_table_VD)
     kl = distillation_loss(*sides, weight_BT.reshape(-1), min(chunk, weight_BT.size))

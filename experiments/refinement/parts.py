@@ -13,6 +13,10 @@ GROUPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "share 0.9 to 0": ("residual_share=0.9", "residual_share_end=0.0"),
         "KL alone, codes_rate 0.009": ("residual_share=0.0", "residual_share_end=0.0", "codes_rate=0.009"),
     },
+    "noise": {
+        "noise 0.03": ("noise=0.03",),
+        "noise 0.1": ("noise=0.1",),
+    },
     "rate": {
         "codes_rate 0.009": ("codes_rate=0.009",),
         "codes_rate 0.018": ("codes_rate=0.018",),

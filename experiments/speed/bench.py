@@ -343,19 +343,17 @@ def rounding(arguments) -> None:
 
 def refinement(arguments) -> None:
     """One update: teacher forward, student forward and backward, Adam on latent values."""
-    import dataclasses
-
     import jax
     import jax.numpy as jnp
 
     from sqjax import mesh as meshes
-    from sqjax.distillation import BY_WINDOW, State, make_update, micro_batches, optimizer_of
+    from sqjax.distillation import BY_WINDOW, State, fitted, make_update, optimizer_of
     from sqjax.refinement import Refinement, initial
 
     config = config_of(arguments.shape)
     length, _, _, batch = SIZES[arguments.shape]
-    settings = Refinement(length=length, batch=batch, accumulate=arguments.accumulate, dtype="auto")
-    settings = dataclasses.replace(settings, accumulate=micro_batches(config, settings))
+    settings = Refinement(length=length, batch=batch, accumulate=arguments.accumulate, remat=arguments.remat)
+    settings = fitted(config, settings)
     mesh = meshes.create()
     start = meshes.place(random_start(config, jax.random.key(2)), mesh)
     student = jax.jit(initial)(start)
@@ -378,7 +376,7 @@ def refinement(arguments) -> None:
     seconds = repeat(call, 3.0 if arguments.brief else 0.4 * arguments.seconds, at_most=20)
     rate = batch * length / seconds
     values = {"tokens_per_second": rate, "ms": seconds * 1e3, "batch": batch, "length": length}
-    values |= {"micro_batches": settings.accumulate, "compile_seconds": clock.compile_seconds}
+    values |= {"micro_batches": settings.accumulate, "remat": settings.remat, "compile_seconds": clock.compile_seconds}
     values |= {"minutes_for_16m": 16e6 / rate / 60, "dtype": str(jnp.dtype(settings.compute_dtype))}
     report(arguments, what="update", **values, **utilisation(arguments, rate, 8 * matrix_weights(config)), **memory())
     profile(arguments, "update", call)
@@ -499,8 +497,10 @@ def pipeline(arguments) -> None:
         tokens = {"tokens": arguments.pipeline_tokens}
         tokens |= {"text": [arguments.pipeline_text]} if arguments.pipeline_text else {}
         length = min(512, SIZES[arguments.shape][0])
-        settings = [f"updates={arguments.updates}", f"length={length}", "watch_windows=8", "watch_every=100000"]
-        settings += ["checkpoint_every=100000"] + ["batch=4"] * (arguments.shape == "tiny")
+        batch = 4 if arguments.shape == "tiny" else 32
+        settings = [f"length={length}", f"batch={batch}", "watch_windows=8", "watch_every=100000"]
+        settings += ["checkpoint_every=100000"]
+        distilled = tokens | {"tokens": arguments.updates * batch * length}
         stages = {
             "load": lambda: sources.load_model(sources.open_model(model)),
             "plain rounding": lambda: making.convert(model, folder / "plain.gguf"),
@@ -508,7 +508,9 @@ def pipeline(arguments) -> None:
             "spectral": lambda: making.quantize(
                 model, folder / "spectral.gguf", statistics=folder / "statistics", settings=arguments.recipe
             ),
-            "refinement": lambda: making.refine(model, folder / "spectral.gguf", refined, settings=settings, **tokens),
+            "refinement": lambda: making.refine(
+                model, folder / "spectral.gguf", refined, settings=settings, **distilled
+            ),
             "verification": lambda: measuring.evaluate(
                 refined, reference=model, length=length, windows=8, dtype="bf16"
             ),
@@ -542,7 +544,7 @@ def checkpoint_of(shape: str, folder: Path) -> Path:
 
 
 def torch_forward(arguments) -> None:
-    """The same forward pass in transformers: eager, layers compiled, everything compiled."""
+    """The same forward pass in transformers: eager, everything compiled, layers compiled."""
     import torch
     from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
@@ -574,14 +576,12 @@ def torch_forward(arguments) -> None:
     trunk = lambda: model.model(input_ids=tokens, use_cache=False).last_hidden_state  # noqa: E731
     measure("eager, hidden states", trunk, 2 * (weights - head))
     measure("eager, all logits", full, 2 * weights)
+    compiled = torch.compile(model, dynamic=False)
+    measure("compiled, all logits", lambda: compiled(input_ids=tokens, use_cache=False).logits, 2 * weights)
     for layer in model.model.layers:
         layer.compile(dynamic=False)
     measure("compiled layers, all logits", full, 2 * weights)
     measure("compiled layers, hidden states", trunk, 2 * (weights - head))
-    for layer in model.model.layers:
-        layer._compiled_call_impl = None
-    compiled = torch.compile(model, dynamic=False)
-    measure("compiled, all logits", lambda: compiled(input_ids=tokens, use_cache=False).logits, 2 * weights)
 
 
 SECTIONS = {"peak": peak, "forward": forward, "statistics": statistics, "refinement": refinement, "delta": delta}
@@ -599,7 +599,7 @@ def run_section(arguments, name: str, devices: int, limit: float, found: dict, o
     """
     python = arguments.torch_python if name == "torch" else sys.executable
     command = [python, __file__, "--section", name, "--seconds", f"{limit:.0f}"]
-    for option in ("shape", "tokens", "accumulate", "dtype", "pipeline-tokens", "updates"):
+    for option in ("shape", "tokens", "accumulate", "remat", "dtype", "pipeline-tokens", "updates"):
         command += [f"--{option}", str(getattr(arguments, option.replace("-", "_")))]
     command += ["--pipeline-text", str(arguments.pipeline_text)] * (arguments.pipeline_text is not None)
     command += [text for rate, value in found.items() for text in (f"--{rate}", str(value))]
@@ -650,6 +650,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=520.0, help="after which no section goes on")
     parser.add_argument("--tokens", type=int, default=1 << 20, help="most tokens of the statistics")
     parser.add_argument("--accumulate", type=int, default=0, help="micro-batches of an update; 0 lets sqjax choose")
+    parser.add_argument("--remat", default="auto", help="what an update recomputes: auto, blocks, between, none")
     parser.add_argument("--dtype", default="bfloat16", help="of the matrices in the statistics")
     parser.add_argument("--torch-python", default=sys.executable)
     parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
