@@ -91,7 +91,7 @@ def collect(
     """Sums Grams of the named projections over windows, each batch shared by all devices of all hosts.
 
     With a `folder`, sums are checkpointed after every `save_every` batches, but not within `save_seconds` of the last
-    time, and a run that was interrupted is resumed: labels depend on the seed and the number of the batch alone, so
+    time, nor so often that writing takes more than a tenth of the time, and a run that was interrupted is resumed: labels depend on the seed and the number of the batch alone, so
     that the bits are those of an uninterrupted run. `shard` devices share one copy of the weights and Grams.
     """
     mesh = meshes.create(shard)
@@ -106,7 +106,7 @@ def collect(
             shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves]
             found = manager.restore(first, args=ocp.args.StandardRestore(shapes))
             sums = spread(structure.unflatten(found), mesh)
-        key, saved = jax.random.key(seed), time.monotonic()
+        key, saved, pause = jax.random.key(seed), time.monotonic(), save_seconds
         for index in range(first, total):
             tokens_BT, mask_BT = meshes.place(_batch(windows_WT, index, batch), mesh, meshes.BY_BATCH)
             sums = accumulator()(
@@ -114,15 +114,17 @@ def collect(
             )
             if manager is not None and (index + 1) % save_every == 0:
                 # All Grams are ten times the size of the model's file: written too often they take most of the time.
-                due = meshes.as_first(time.monotonic() - saved >= save_seconds)
+                due = meshes.as_first(time.monotonic() - saved >= pause)
                 # What goes on is what is or could be saved, so that a resumed run has the same bits on any devices; on
                 # one device it is what there is.
                 if due or mesh.size > 1:
                     whole = folded(sums, mesh)
                     if due:
+                        began = time.monotonic()
                         manager.save(index + 1, args=ocp.args.StandardSave(jax.tree.leaves(whole)))
                         manager.wait_until_finished()
                         saved = time.monotonic()
+                        pause = max(save_seconds, 9.0 * (saved - began))
                     sums = spread(whole, mesh)
             progress(index + 1, total)
     return folded(sums, mesh)

@@ -43,6 +43,7 @@ def calibrate(
     shard: int = 1,
     passes: int = 1,
     chunk: int = 1024,
+    dtype: Literal["auto", "f32", "bf16"] = "auto",
     seed: int = 0,
     imatrix: str | None = None,
     json: Json = False,
@@ -59,6 +60,7 @@ def calibrate(
         shard: devices that share one copy of the weights and Grams
         passes: over the text, each for some of the matrices, where not all Grams fit at once
         chunk: tokens whose logits a device holds at a time
+        dtype: of the matrices; auto takes f32 on CPU, else bf16
         seed: of the order of documents and of the labels drawn from the model
         imatrix: also write the importance matrix to this file, in llama.cpp's GGUF format
         json: print one JSON object and nothing else
@@ -75,6 +77,7 @@ def calibrate(
         shard=shard,
         passes=passes,
         chunk=chunk,
+        dtype=dtype,
         seed=seed,
         imatrix=imatrix,
     )

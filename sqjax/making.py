@@ -60,6 +60,7 @@ def calibrate(
     shard: int = 1,
     passes: int = 1,
     chunk: int = 1024,
+    dtype: Literal["auto", "f32", "bf16"] = "auto",
     seed: int = 0,
     imatrix: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -75,6 +76,7 @@ def calibrate(
       shard: devices that share one copy of the weights and Grams; the others multiply the batch.
       passes: over the text, each for some of the matrices, where not all Grams fit at once.
       chunk: tokens whose logits a device holds at a time.
+      dtype: of the matrices and of what they multiply; auto takes f32 on CPU, else bf16. Sums are float32 in either.
       seed: of the order of documents and of the labels drawn from the model.
       imatrix: also write the importance matrix to this file, in llama.cpp's GGUF format.
 
@@ -84,22 +86,24 @@ def calibrate(
     start = time.monotonic()
     checkpoint = open_model(model)
     sharing = {"batch": batch, "shard": shard, "passes": passes, "chunk": chunk}
-    statistics, about, _ = _measure(checkpoint, text, Path(out), tokens, length, seed, **sharing)
+    statistics, about, _ = _measure(checkpoint, text, Path(out), tokens, length, seed, dtype, **sharing)
     if imatrix is not None and meshes.is_first():
         calibration.write_imatrix(imatrix, statistics, checkpoint.config, str(about["text"]))
     result = {"folder": str(out)} | about | {"tokens": statistics.tokens}
     return result | usage() | {"seconds": time.monotonic() - start}
 
 
-def _measure(checkpoint, text, folder, tokens, length, seed, **sharing) -> tuple[Statistics, dict[str, Any], Seen]:
+def _measure(checkpoint, text, folder, tokens, length, seed, dtype="auto", **sharing) -> tuple[Statistics, dict[str, Any], Seen]:
     sources = [text] if isinstance(text, str | Path) else list(text)
     texts = open_texts(sources, seed=seed)
     windows_WT, prints = calibration.calibration_windows(texts, checkpoint.tokenizer, length, tokens)
+    dtype = ("f32" if jax.default_backend() == "cpu" else "bf16") if dtype == "auto" else dtype
     about = {"model": checkpoint.name, "text": [Path(source).name for source in sources], "length": length}
+    about["dtype"] = dtype
     with progress("calibrating") as report:
         statistics = calibration.calibrate(
             checkpoint.config,
-            load_model(checkpoint),
+            load_model(checkpoint, dtype=dtype),
             windows_WT,
             folder,
             about=about,

@@ -11,6 +11,8 @@ GROUPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "residual": {
         "share 0.9 to 0.3": ("residual_share=0.9", "residual_share_end=0.3"),
         "share 0.9 to 0": ("residual_share=0.9", "residual_share_end=0.0"),
+    },
+    "signal": {
         "KL alone, codes_rate 0.009": ("residual_share=0.0", "residual_share_end=0.0", "codes_rate=0.009"),
     },
     "noise": {
@@ -19,7 +21,6 @@ GROUPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "rate": {
         "codes_rate 0.009": ("codes_rate=0.009",),
-        "codes_rate 0.018": ("codes_rate=0.018",),
     },
     "fall of the temperature": {
         "softness_end 0.005, soft_share 1": ("softness_end=0.005", "soft_share=1.0"),
