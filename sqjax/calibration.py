@@ -91,8 +91,9 @@ def collect(
     """Sums Grams of the named projections over windows, each batch shared by all devices of all hosts.
 
     With a `folder`, sums are checkpointed after every `save_every` batches, but not within `save_seconds` of the last
-    time, nor so often that writing takes more than a tenth of the time, and a run that was interrupted is resumed: labels depend on the seed and the number of the batch alone, so
-    that the bits are those of an uninterrupted run. `shard` devices share one copy of the weights and Grams.
+    time, nor so often that writing takes more than a tenth of the time. A run that was interrupted is resumed: labels
+    depend on the seed and the number of the batch alone, so that the bits are those of an uninterrupted run. `shard`
+    devices share one copy of the weights and Grams.
     """
     mesh = meshes.create(shard)
     batch = -(-batch // mesh.size) * mesh.size

@@ -93,7 +93,9 @@ def calibrate(
     return result | usage() | {"seconds": time.monotonic() - start}
 
 
-def _measure(checkpoint, text, folder, tokens, length, seed, dtype="auto", **sharing) -> tuple[Statistics, dict[str, Any], Seen]:
+def _measure(
+    checkpoint, text, folder, tokens, length, seed, dtype="auto", **sharing
+) -> tuple[Statistics, dict[str, Any], Seen]:
     sources = [text] if isinstance(text, str | Path) else list(text)
     texts = open_texts(sources, seed=seed)
     windows_WT, prints = calibration.calibration_windows(texts, checkpoint.tokenizer, length, tokens)
