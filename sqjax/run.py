@@ -138,6 +138,22 @@ def heed_interruption() -> None:
 
 
 @contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Holds SIGINT back until the block has ended: for what must not be left half done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if held:
+            signal.raise_signal(signal.SIGINT)
+
+
+@contextlib.contextmanager
 def interruption() -> Iterator[Callable[[], bool]]:
     """Yields a function that tells whether SIGINT has come, so that a step is completed; the second one interrupts."""
     if threading.current_thread() is not threading.main_thread():

@@ -26,7 +26,7 @@ import optuna
 import sqlalchemy
 from optuna.trial import TrialState
 
-from sqjax.run import InputError
+from sqjax.run import InputError, uninterrupted
 from sqjax.search_space import Point, Search, Space
 
 _GRACE = 4
@@ -168,26 +168,38 @@ def work(study: optuna.Study, search: Search, space: Space, objective: Objective
     """
     done = 0
     while True:
-        trials = _take(study, search, space)
+        trials: list[optuna.Trial] = []
+        try:
+            _take(study, search, space, trials)
+            with _heartbeat(study._storage, search.heartbeat, [trial._trial_id for trial in trials]):
+                _run(study, search, space, objective, trials)
+        except BaseException:
+            for trial in trials:
+                _release(study, trial._trial_id)
+            raise
         if trials:
-            try:
-                with _heartbeat(study._storage, search.heartbeat, [trial._trial_id for trial in trials]):
-                    _run(study, search, space, objective, trials)
-            except BaseException:
-                for trial in trials:
-                    _release(study, trial._trial_id)
-                raise
             done += len(trials)
-        elif any(study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))):
+        elif _is_open(study):
             # Trials of others, who may yet be killed.
             time.sleep(min(search.heartbeat, 2.0))
         else:
             return done
 
 
-def _take(study: optuna.Study, search: Search, space: Space) -> list[optuna.Trial]:
-    """Takes up to a batch of trials: those of dead workers and waiting ones first, then new ones."""
-    storage, taken = study._storage, []
+# Functions that use the database are not interrupted: a statement that is left half done locks a file of SQLite for all
+# workers, for as long as the exception that tells of it is alive.
+
+
+@uninterrupted()
+def _is_open(study: optuna.Study) -> bool:
+    """Whether any trial runs or waits."""
+    return any(study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)))
+
+
+@uninterrupted()
+def _take(study: optuna.Study, search: Search, space: Space, taken: list[optuna.Trial]) -> None:
+    """Adds up to a batch of trials to those taken: those of dead workers and waiting ones first, then new ones."""
+    storage = study._storage
     with _quietly(), _exclusively(_database(storage).engine, study.study_name):
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if "worker" not in trial.user_attrs:
@@ -204,7 +216,6 @@ def _take(study: optuna.Study, search: Search, space: Space) -> list[optuna.Tria
             storage.record_heartbeat(trial._trial_id)
             trial.set_user_attr("worker", f"{socket.gethostname()}:{os.getpid()}")
             taken.append(trial)
-    return taken
 
 
 def _database(storage: Any) -> optuna.storages.RDBStorage:
@@ -236,6 +247,7 @@ def _retry(study: optuna.Study, trial: optuna.trial.FrozenTrial, most: int | Non
         )
 
 
+@uninterrupted()
 def _release(study: optuna.Study, trial_id: int) -> None:
     """Marks a trial as failed and lets another attempt wait."""
     with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
@@ -283,6 +295,7 @@ def _run(
             _run(study, search, space, objective, [trial])
 
 
+@uninterrupted()
 def _is_hopeless(search: Search, trial: optuna.Trial, step: int, value: float) -> bool:
     trial.set_user_attr("watched", {**trial.user_attrs.get("watched", {}), str(step): value})
     if len(search.objectives) == 1:
@@ -291,6 +304,7 @@ def _is_hopeless(search: Search, trial: optuna.Trial, step: int, value: float) -
     return above or (search.prune_median and trial.should_prune())
 
 
+@uninterrupted()
 def _repeat(study: optuna.Study, trial: optuna.Trial) -> bool:
     """Gives a trial the values of a finished one with the same parameters, should a sampler draw them twice."""
     for other in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
@@ -301,6 +315,7 @@ def _repeat(study: optuna.Study, trial: optuna.Trial) -> bool:
     return False
 
 
+@uninterrupted()
 def _tell(study: optuna.Study, trial: optuna.Trial, outcome: Outcome | Exception) -> None:
     try:
         if isinstance(outcome, Exception):
@@ -322,9 +337,9 @@ def _tell(study: optuna.Study, trial: optuna.Trial, outcome: Outcome | Exception
 
 def is_finished(study: optuna.Study, search: Search) -> bool:
     """Whether no trial runs or waits, and no further one is asked for."""
-    trials = study.get_trials(deepcopy=False)
-    is_open = any(trial.state in (TrialState.RUNNING, TrialState.WAITING) for trial in trials)
-    return not is_open and (search.sampler == "grid" or _started(trials) >= search.trials)
+    return not _is_open(study) and (
+        search.sampler == "grid" or _started(study.get_trials(deepcopy=False)) >= search.trials
+    )
 
 
 def records(study: optuna.Study, space: Space) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 
+import optuna
 import pytest
 import study_worker
 
@@ -155,6 +156,29 @@ def test_an_interrupted_trial_waits_again(tmp_path):
     _, rows = run_study(tmp_path, objective, {"x": [1, 2, 3]})
     assert [row["state"] for row in rows] == ["complete"] * 3
     assert [row["attempts"] for row in rows] == [1, 2, 1] and len(calls) == 4
+
+
+def test_an_interruption_leaves_no_statement_half_done(tmp_path, monkeypatch):
+    """One that arrived in the middle of a statement would lock the file for every worker."""
+    storage = optuna.storages.RDBStorage
+    interrupted = []
+
+    def told(self, *arguments, _told=storage.set_trial_user_attr, **options):
+        if not interrupted:
+            interrupted.append(True)
+            signal.raise_signal(signal.SIGINT)
+        _told(self, *arguments, **options)
+        interrupted.append("done")
+
+    def objective(points, report):
+        yield from enumerate([Outcome((0.0,)) for _ in points])
+
+    monkeypatch.setattr(storage, "set_trial_user_attr", told)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(tmp_path, objective, {"x": [1, 2]})
+    assert interrupted[:2] == [True, "done"]
+    _, rows = run_study(tmp_path, objective, {"x": [1, 2]})
+    assert [row["state"] for row in rows] == ["complete"] * 2
 
 
 @pytest.mark.parametrize("objectives", [("inside",), ("inside", "outside")])
