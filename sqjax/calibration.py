@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Float32, Int32
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from sqjax import mesh as meshes
@@ -241,7 +241,7 @@ def save(folder: Path, statistics: Statistics, about: Mapping[str, Any], seen: S
         layers.setdefault(f".{int(name.split('.')[1]):03d}", {})[name] = gram_II
     for suffix, arrays in layers.items():
         with atomic_path(folder / f"statistics{suffix}.safetensors") as path:
-            save_file({name: np.ascontiguousarray(jax.device_get(array)) for name, array in arrays.items()}, path)
+            save_file({name: np.ascontiguousarray(meshes.to_host(array)) for name, array in arrays.items()}, path)
     record = dict(about) | {"tokens": statistics.tokens, "seen": write_beside(folder / "statistics", seen)}
     with atomic_path(folder / "statistics.json") as path:
         path.write_text(json.dumps(record, indent=1, sort_keys=True))
@@ -266,8 +266,7 @@ def load(folder: str | Path) -> tuple[Statistics, dict[str, Any]]:
     folder = Path(folder)
     try:
         about = json.loads((folder / "statistics.json").read_text())
-        files = [safe_open(path, framework="numpy") for path in spectra.files(folder)]
-        places = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+        places = spectra.places(folder)
         single = {name: jnp.asarray(places[name].get_tensor(name)) for name in _SINGLE}
         windows_WT = places["windows_WT"].get_tensor("windows_WT")
     except (OSError, KeyError, ValueError, SafetensorError) as error:

@@ -9,7 +9,7 @@ attn_output * s): the model's function stays as it is, what rounding does to it 
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -32,7 +32,7 @@ def equalize(
     The search takes the expected rounding error under the conditional variance of the damped input Gram, which is what
     an error costs once feedback does its work, and the diagonal of the output Gram.
     """
-    tensors, inputs, outputs = dict(tensors), dict(statistics.inputs), dict(statistics.outputs)
+    tensors, inputs, outputs = dict(tensors), _Scaled(statistics.inputs), _Scaled(statistics.outputs)
     for layer, kind in enumerate(config.layer_types):
         name = functools.partial(tensor_name, layer)
         for attributes in READERS[kind]:
@@ -42,7 +42,7 @@ def equalize(
             source, tie_I = _scale_source(config, attributes[0])
             cost_I = conditional_variance(damp(gram_II, damping))
             scale_I = equalizing_scale(readers, cost_I, jnp.asarray(tie_I))
-            inputs[names[0]] = gram_II / (scale_I[:, None] * scale_I[None, :])
+            inputs.scales[names[0]] = scale_I
             for n, (weight_OI, _) in zip(names, readers):
                 tensors[n] = weight_OI * scale_I[None, :]
             # One column of each tie stands for all of them.
@@ -51,10 +51,31 @@ def equalize(
             writer = name(source)
             if writer in outputs:
                 tensors[writer] = tensors[writer].astype(jnp.float32) * inverse[:, None]
-                outputs[writer] = outputs[writer] / (inverse[:, None] * inverse[None, :])
+                outputs.scales[writer] = inverse
             else:
                 tensors[writer] = tensors[writer] * inverse
     return tensors, dataclasses.replace(statistics, inputs=inputs, outputs=outputs)
+
+
+class _Scaled(Mapping):
+    """Grams of channels that were divided by their scales, each computed when it is asked for.
+
+    All of them at once are ten times the size of the model's file.
+    """
+
+    def __init__(self, grams: Mapping[str, Any]):
+        self.scales: dict[str, Array] = {}
+        self._grams = grams
+
+    def __getitem__(self, name: str) -> Any:
+        gram_II, scale_I = self._grams[name], self.scales.get(name)
+        return gram_II if scale_I is None else gram_II / (scale_I[:, None] * scale_I[None, :])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._grams)
+
+    def __len__(self) -> int:
+        return len(self._grams)
 
 
 def refold(config: ModelConfig, tensors: Mapping[str, Array], file: Mapping[str, Any]) -> dict[str, np.ndarray]:

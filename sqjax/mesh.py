@@ -182,8 +182,11 @@ def to_host(tree: Any) -> Any:
     """Copies arrays to every host in full; the copies share no memory with buffers that are to be reused."""
 
     def fetch(leaf):
-        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
-            return np.array(jax.device_get(leaf))
+        if not isinstance(leaf, jax.Array):
+            return np.array(leaf)
+        if leaf.is_fully_addressable:
+            # An array keeps what was fetched of it; its copy goes.
+            return np.array(jax.numpy.copy(leaf))
         if leaf.is_fully_replicated:
             return np.array(leaf.addressable_data(0))
         return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -39,6 +40,16 @@ def work(sizes: Mapping[str, int]) -> int:
 def files(folder: str | Path) -> list[Path]:
     """Returns the files that hold a folder's statistics."""
     return sorted(Path(folder).glob("statistics*.safetensors"))
+
+
+def places(folder: str | Path) -> dict[str, Any]:
+    """Returns for the name of each tensor of a folder's statistics the open file that holds it.
+
+    Raises:
+      OSError, SafetensorError: a file cannot be read.
+    """
+    opened = [safe_open(path, framework="numpy") for path in files(folder)]
+    return {name: file for file in opened for name in file.keys()}  # noqa: SIM118
 
 
 def save(folder: str | Path) -> None:
@@ -70,19 +81,14 @@ def read_spectra(folder: str | Path) -> dict[str, Float32[np.ndarray, "I"]]:
 
 def _save_here(folder: Path) -> None:
     try:
-        places = {
-            name: file
-            for file in [safe_open(path, framework="numpy") for path in files(folder)]
-            for name in file.keys()  # noqa: SIM118
-            if name.startswith(("input/", "output/"))
-        }
+        grams = {name: file for name, file in places(folder).items() if name.startswith(("input/", "output/"))}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder} holds no statistics ({error}); give the folder of sqjax calibrate") from error
-    if not places:
+    if not grams:
         raise InputError(f"{folder} holds no statistics; give the folder of sqjax calibrate")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        values = pool.map(lambda name: eigenvalues(places[name].get_tensor(name)), places)
-        found = dict(zip(places, values))
+        values = pool.map(lambda name: eigenvalues(grams[name].get_tensor(name)), grams)
+        found = dict(zip(grams, values))
     with atomic_path(folder / FILE) as path:
         save_file({name: np.ascontiguousarray(values) for name, values in found.items()}, path)
 
