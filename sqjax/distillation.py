@@ -145,20 +145,6 @@ def rows_of_update(seed: int, step: int, batch: int, total: int) -> Int64[np.nda
     return np.array([orders[number][place] for number, place in zip(passes, places)])
 
 
-def with_noise(
-    rows_BT: Int32[np.ndarray, "B T"], share: float, vocabulary: int, seed: tuple[int, ...]
-) -> Int32[np.ndarray, "B T"]:
-    """Returns windows in which tokens are replaced by random ones, a share between zero and twice `share` of each.
-
-    The teacher answers to any text: passes over the same documents then differ, and rows of the table that the text
-    hardly reads are seen.
-    """
-    random = np.random.default_rng((*seed, 1))
-    share_B1 = random.uniform(0.0, 2.0 * share, (len(rows_BT), 1))
-    replaced_BT = (random.random(rows_BT.shape) < share_B1) & (rows_BT != PADDING)
-    return np.where(replaced_BT, random.integers(0, vocabulary, rows_BT.shape, dtype=np.int32), rows_BT)
-
-
 def fitted(config: ModelConfig, settings: Refinement) -> Refinement:
     """Returns the settings with what a device's memory decides: micro-batches, and what the backward pass recomputes.
 
@@ -252,8 +238,6 @@ class Run:
     def batch(self, step: int) -> tuple[jax.Array, jax.Array]:
         """Returns tokens and weights [A, B, T] of an update; weights sum to one, those of padding are zero."""
         rows = self.windows_WT[rows_of_update(self.seed, step, self.settings.batch, len(self.windows_WT))]
-        if self.settings.noise:
-            rows = with_noise(rows, self.settings.noise, self.config.vocab_size, (self.seed, step))
         rows = rows.reshape(self.settings.accumulate, -1, rows.shape[-1])
         mask = (rows != PADDING).astype(np.float32)
         batch = (np.maximum(rows, 0), mask / max(float(mask.sum()), 1.0))

@@ -69,7 +69,6 @@ class Refinement:
       soft_share: share of the updates in which codes are soft.
       displacement: how far u starts from the code towards the weight that was rounded, 1 being all of the way.
       updates: number of updates; 0 for as many as the tokens that were asked for.
-      noise: share of the tokens in whose place random ones are read, in the mean; each window has a share of its own.
       length: tokens of a window.
       batch: windows of an update.
       accumulate: micro-batches that an update is summed over; 0 for as few as the device's memory allows.
@@ -95,8 +94,8 @@ class Refinement:
     train_vectors: bool = True
     beta1: float = 0.9
     beta2: float = 0.99
-    residual_share: float = 0.8
-    residual_share_end: float = 0.8
+    residual_share: float = 0.9
+    residual_share_end: float = 0.3
     schedule: str = "linear"
     warmup: int = 20
     softness: float = 0.3
@@ -104,7 +103,6 @@ class Refinement:
     soft_share: float = 0.9
     displacement: float = 0.6
     updates: int = 0
-    noise: float = 0.0
     length: int = 512
     batch: int = 32
     accumulate: int = 0
@@ -134,8 +132,6 @@ class Refinement:
         for name in ("residual_share", "residual_share_end"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"the setting {name} is {getattr(self, name)}; it must be from 0 to 1")
-        if not 0 <= self.noise <= 0.5:
-            raise InputError(f"the setting noise is {self.noise}; it must be from 0 to 0.5")
         if not any(self.rates.values()):
             raise InputError("all rates are zero, so that nothing would be refined; set one of them")
 

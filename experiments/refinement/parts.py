@@ -9,18 +9,15 @@ PARTS = ("start", "curve", "seeds", "ablation", "chosen", "languages", "chat", "
 # The first names leave a group's decision to chance the least, and are run first.
 GROUPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "residual": {
-        "share 0.9 to 0.3": ("residual_share=0.9", "residual_share_end=0.3"),
-        "share 0.9 to 0": ("residual_share=0.9", "residual_share_end=0.0"),
+        "share 0.9 to 0": ("residual_share_end=0.0",),
+        "share 0.8": ("residual_share=0.8", "residual_share_end=0.8"),
     },
     "signal": {
         "KL alone, codes_rate 0.009": ("residual_share=0.0", "residual_share_end=0.0", "codes_rate=0.009"),
     },
-    "noise": {
-        "noise 0.03": ("noise=0.03",),
-        "noise 0.1": ("noise=0.1",),
-    },
     "rate": {
         "codes_rate 0.009": ("codes_rate=0.009",),
+        "codes_rate 0.018": ("codes_rate=0.018",),
     },
     "fall of the temperature": {
         "softness_end 0.005, soft_share 1": ("softness_end=0.005", "soft_share=1.0"),
