@@ -672,12 +672,14 @@ def main() -> None:
     start, found = time.monotonic(), {"peak": arguments.peak, "copy": arguments.copy}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("w") as out:
-        for name, devices, flags in planned(arguments):
+        sections = planned(arguments)
+        for number, (name, devices, flags) in enumerate(sections):
             left = arguments.seconds - (time.monotonic() - start)
             if left < 15:
                 write(out, {"section": name, "what": "not run: no time left"})
                 continue
-            run_section(arguments, name, devices, left * SHARES.get(name, 1.0), found, out, flags)
+            share = 1.0 if number == len(sections) - 1 else SHARES.get(name, 1.0)
+            run_section(arguments, name, devices, left * share, found, out, flags)
 
 
 def planned(arguments) -> list[tuple[str, int, str | None]]:
