@@ -186,6 +186,22 @@ def test_the_share_mixes_the_two_losses(teacher, windows):
     assert float(refinement.model_loss(teacher, teacher, grams, windows[:4], weight_BT, share=0.5, chunk=48)[0]) == 0.0
 
 
+def test_what_the_backward_pass_recomputes_changes_its_work_and_not_the_gradient(teacher, windows):
+    student = jax.tree.map(lambda leaf: 1.01 * leaf, teacher)
+    weight_BT = jnp.full((2, windows.shape[1]), 0.01)
+    flops, found = {}, {}
+    for remat in refinement.REMATS:
+        loss = functools.partial(refinement.model_loss, share=0.0, chunk=64, remat=remat)
+        gradient = jax.grad(lambda student, loss=loss: loss(student, teacher, [], windows[:2], weight_BT)[0])
+        compiled = jax.jit(gradient).lower(student).compile()
+        flops[remat], found[remat] = compiled.cost_analysis()["flops"], jax.tree.leaves(compiled(student))
+    assert flops["none"] < flops["between"] < 0.95 * flops["blocks"]
+    for remat in ("between", "none"):
+        for one, other in zip(found[remat], found["blocks"]):
+            # Sums of float32 in another order.
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * float(jnp.max(jnp.abs(other))))
+
+
 # ---- the student
 
 
@@ -249,6 +265,25 @@ def test_micro_batches_sum_to_the_batch(tmp_path):
         results.append((loss, jax.tree.leaves(state.moments)))
     for two, one in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(two, one, rtol=2e-3, atol=1e-4 * float(jnp.max(jnp.abs(one))) + 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("room", "asked", "expected"),
+    [
+        ({"between": 16384}, {}, ("between", 1)),
+        ({"between": 8192}, {}, ("between", 2)),
+        # Too few tokens at a time for what less recomputation would save.
+        ({"between": 4096}, {}, ("blocks", 1)),
+        ({"between": 4096}, {"remat": "between"}, ("between", 4)),
+        ({"between": 4096}, {"accumulate": 8}, ("blocks", 8)),
+        ({"between": 0, "blocks": 0}, {}, ("blocks", 32)),
+    ],
+)
+def test_memory_decides_on_micro_batches_and_what_is_kept(monkeypatch, room, asked, expected):
+    rooms = {"blocks": 65536, "none": 0} | room
+    monkeypatch.setattr(distillation, "_room", lambda config, settings, remat: rooms[remat])
+    settings = distillation.fitted(None, Refinement(batch=32, length=512, **asked))
+    assert (settings.remat, settings.accumulate) == expected
 
 
 def test_every_pass_reads_every_window_once_in_an_order_of_its_own():

@@ -165,6 +165,15 @@ def test_importance_matrix_round_trip(model, tmp_path):
         calibration.read_imatrix(__file__)
 
 
+def test_grams_of_bfloat16_matrices_are_those_of_float32(model):
+    rows = windows(4)
+    halves = Qwen35.from_tensors(model.config, model.to_tensors(), dtype=jnp.bfloat16)
+    exact, narrow = (accumulate(m, rows).blocks for m in (model, halves))
+    for kind, bound in (("input", 0.02), ("output", 0.1)):
+        pairs = [(a[kind], b[kind]) for p, q in zip(exact, narrow) for a, b in zip(p.values(), q.values()) if kind in a]
+        assert max(float(jnp.linalg.norm(a - b) / jnp.linalg.norm(a)) for a, b in pairs) < bound
+
+
 def test_text_without_tokens_is_an_error(model):
     with pytest.raises(InputError, match="no tokens"):
         statistics.means(model.config, statistics.empty(model), windows(1))
