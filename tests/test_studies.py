@@ -174,8 +174,13 @@ def test_an_interruption_leaves_no_statement_half_done(tmp_path, monkeypatch):
         yield from enumerate([Outcome((0.0,)) for _ in points])
 
     monkeypatch.setattr(storage, "set_trial_user_attr", told)
-    with pytest.raises(KeyboardInterrupt):
-        run_study(tmp_path, objective, {"x": [1, 2]})
+    # Shells start what runs in the background with this signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_study(tmp_path, objective, {"x": [1, 2]})
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert interrupted[:2] == [True, "done"]
     _, rows = run_study(tmp_path, objective, {"x": [1, 2]})
     assert [row["state"] for row in rows] == ["complete"] * 2
