@@ -86,7 +86,7 @@ def every_program(config: ModelConfig, devices: int, length: int) -> list[dict[s
     The steps of rounding are requested for the matrix with most rows and the one with most columns.
     """
     sizes = {"batch": devices, "length": length}
-    settings = sizes | {"accumulate": 1, "remat": "blocks", "dtype": "bf16", "shard": devices}
+    settings = sizes | {"accumulate": 1, "dtype": "bf16", "shard": devices}
     shapes = {s for name, s in config.tensor_shapes().items() if name.startswith("blk.") and is_matrix(name, s)}
     # Of two with as many rows, the larger.
     largest = [max(shapes, key=lambda shape: (shape[axis], shape[1 - axis])) for axis in (0, 1)]
@@ -111,7 +111,7 @@ def requested(config: ModelConfig, mesh: Any, wanted: Mapping[str, Any]) -> Iter
     sizes = dict(wanted)
     stage = sizes.pop("stage")
     if stage == "refinement":
-        yield from programs.refinement(config, mesh, Refinement(**sizes["settings"]))
+        yield from programs.refinement(config, mesh, Refinement(remat="blocks", **sizes["settings"]))
     elif stage == "rounding":
         yield from programs.matrix_steps(mesh, tuple(sizes["shape"]), sizes.get("count", 1))
     elif stage == "search":

@@ -18,7 +18,7 @@ from sqjax.fingerprints import Prints, Seen
 from sqjax.measuring import look_up, prepare, seen_by
 from sqjax.quantizer import Recipe
 from sqjax.quantizer import quantize as rounded
-from sqjax.refinement import Refinement
+from sqjax.refinement import Refinement, dtype_of
 from sqjax.run import progress, sha256
 from sqjax.settings import read_settings
 from sqjax.sources import CALIBRATION_SUITE, Sources, file_facts, find_config, load_model, open_model, open_texts, usage
@@ -99,7 +99,7 @@ def _measure(
     sources = [text] if isinstance(text, str | Path) else list(text)
     texts = open_texts(sources, seed=seed)
     windows_WT, prints = calibration.calibration_windows(texts, checkpoint.tokenizer, length, tokens)
-    dtype = ("f32" if jax.default_backend() == "cpu" else "bf16") if dtype == "auto" else dtype
+    dtype = dtype_of(dtype)
     about = {"model": checkpoint.name, "text": [Path(source).name for source in sources], "length": length}
     about["dtype"] = dtype
     with progress("calibrating") as report:

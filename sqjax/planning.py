@@ -375,8 +375,7 @@ def _compiled(config: ModelConfig, topology: str, chip: Chip, row: dict[str, Any
         wanted = {"stage": "rounding", "shape": max(shapes, key=lambda shape: shape[0] ** 2 + shape[1] ** 2)}
     elif row["stage"] == "refinement":
         settings = {"batch": row.get("batch"), "chunk": row.get("chunk"), "length": length, "dtype": "bf16"}
-        settings |= {"shard": row["shard"], "accumulate": 1, "remat": "blocks"}
-        wanted = {"stage": "refinement", "settings": settings}
+        wanted = {"stage": "refinement", "settings": settings | {"shard": row["shard"], "accumulate": 1}}
     elif row["stage"] == "statistics" and row["fits"]:
         wanted |= {"names": parts(config, row["passes"])[0], "chunk": row["chunk"]}
     if not row["fits"]:

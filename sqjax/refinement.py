@@ -50,6 +50,11 @@ REMATS: Mapping[str, Mapping[str, bool]] = {
 }
 
 
+def dtype_of(asked: str) -> str:
+    """Returns the name of a dtype of matrices on this machine's devices: auto takes f32 on CPU, else bf16."""
+    return asked if asked != "auto" else "f32" if jax.default_backend() == "cpu" else "bf16"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Refinement:
     """How a file is refined; every field can be set in a TOML file.
@@ -143,8 +148,7 @@ class Refinement:
     @property
     def compute_dtype(self) -> Any:
         """Dtype of matrices and products on this machine's devices."""
-        automatic = "f32" if jax.default_backend() == "cpu" else "bf16"
-        return DTYPES[automatic if self.dtype == "auto" else self.dtype]
+        return DTYPES[dtype_of(self.dtype)]
 
     def multipliers(self, updates: int) -> Float32[np.ndarray, "U"]:
         """What the rates are multiplied by in each update of a run; the warm-up takes a fifth of it at most."""

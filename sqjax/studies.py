@@ -171,8 +171,9 @@ def work(study: optuna.Study, search: Search, space: Space, objective: Objective
         trials: list[optuna.Trial] = []
         try:
             _take(study, search, space, trials)
-            with _heartbeat(study._storage, search.heartbeat, [trial._trial_id for trial in trials]):
-                _run(study, search, space, objective, trials)
+            if trials:
+                with _heartbeat(study._storage, search.heartbeat, [trial._trial_id for trial in trials]):
+                    _run(study, search, space, objective, trials)
         except BaseException:
             for trial in trials:
                 _release(study, trial._trial_id)
