@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from jaxtyping import Float32, Int32
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
@@ -32,6 +30,7 @@ from sqjax.config import ModelConfig, is_matrix
 from sqjax.fingerprints import UNKNOWN, Prints, Seen, pieces_of, prints_of, read_beside, union, write_beside
 from sqjax.model import Qwen35
 from sqjax.run import InputError, atomic_path
+from sqjax.snapshots import snapshots
 from sqjax.statistics import PROJECTIONS, Statistics, Sums, accumulator, empty, folded, input_name, means, parts, spread
 from sqjax.texts import Texts
 from sqjax.tokens import Tokenizer, encode_conversation, pack_windows
@@ -90,7 +89,7 @@ def collect(
 ) -> Sums:
     """Sums Grams of the named projections over windows, each batch shared by all devices of all hosts.
 
-    With a `folder`, sums are checkpointed after every `save_every` batches, but not within `save_seconds` of the last
+    With a `folder`, sums are kept there after every `save_every` batches, but not within `save_seconds` of the last
     time, nor so often that writing takes more than a tenth of the time. A run that was interrupted is resumed: labels
     depend on the seed and the number of the batch alone, so that the bits are those of an uninterrupted run. `shard`
     devices share one copy of the weights and Grams.
@@ -100,32 +99,31 @@ def collect(
     model = meshes.place(model, mesh, meshes.rows(model, mesh))
     sums = spread(empty(model, names), mesh)
     total = -(-len(windows_WT) // batch)
-    with _partial_sums(folder, save_every) as manager:
+    key = jax.random.key(seed)
+    like = {"sums": jax.eval_shape(lambda: folded(sums, mesh))}
+    with (
+        contextlib.nullcontext()
+        if folder is None
+        else snapshots(folder / "partial", like, seconds=save_seconds) as saved
+    ):
         first = 0
-        if manager is not None and (first := manager.latest_step() or 0):
-            leaves, structure = jax.tree.flatten(folded(sums, mesh))
-            shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves]
-            found = manager.restore(first, args=ocp.args.StandardRestore(shapes))
-            sums = spread(structure.unflatten(found), mesh)
-        key, saved, pause = jax.random.key(seed), time.monotonic(), save_seconds
+        if saved is not None and (first := saved.latest or 0):
+            found, _ = saved.restore({"sums": folded(sums, mesh)})
+            sums = spread(found["sums"], mesh)
         for index in range(first, total):
             tokens_BT, mask_BT = meshes.place(_batch(windows_WT, index, batch), mesh, meshes.BY_BATCH)
             sums = accumulator()(
                 model, sums, tokens_BT, mask_BT, jax.random.fold_in(key, index), chunk=chunk, mesh=mesh
             )
-            if manager is not None and (index + 1) % save_every == 0:
+            if saved is not None and (index + 1) % save_every == 0:
                 # All Grams are ten times the size of the model's file: written too often they take most of the time.
-                due = meshes.as_first(time.monotonic() - saved >= pause)
+                due = saved.due()
                 # What goes on is what is or could be saved, so that a resumed run has the same bits on any devices; on
                 # one device it is what there is.
                 if due or mesh.size > 1:
                     whole = folded(sums, mesh)
                     if due:
-                        began = time.monotonic()
-                        manager.save(index + 1, args=ocp.args.StandardSave(jax.tree.leaves(whole)))
-                        manager.wait_until_finished()
-                        saved = time.monotonic()
-                        pause = max(save_seconds, 9.0 * (saved - began))
+                        saved.save(index + 1, {"sums": whole})
                     sums = spread(whole, mesh)
             progress(index + 1, total)
     return folded(sums, mesh)
@@ -136,16 +134,6 @@ def _batch(windows_WT: np.ndarray, index: int, batch: int) -> tuple[np.ndarray, 
     rows = windows_WT[index * batch : (index + 1) * batch]
     rows = np.pad(rows, ((0, batch - len(rows)), (0, 0)), constant_values=PADDING)
     return np.maximum(rows, 0), (rows != PADDING).astype(np.float32)
-
-
-@contextlib.contextmanager
-def _partial_sums(folder: Path | None, save_every: int) -> Iterator[ocp.CheckpointManager | None]:
-    if folder is None:
-        yield None
-        return
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
-    with ocp.CheckpointManager((folder / "partial").absolute(), options=options) as manager:
-        yield manager
 
 
 def calibrate(
@@ -267,8 +255,8 @@ def load(folder: str | Path) -> tuple[Statistics, dict[str, Any]]:
     try:
         about = json.loads((folder / "statistics.json").read_text())
         places = spectra.places(folder)
-        single = {name: jnp.asarray(places[name].get_tensor(name)) for name in _SINGLE}
-        windows_WT = places["windows_WT"].get_tensor("windows_WT")
+        single = {name: jnp.asarray(spectra.read(places[name], name)) for name in _SINGLE}
+        windows_WT = spectra.read(places["windows_WT"], "windows_WT")
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise InputError(f"{folder} holds no complete statistics ({error}); make them with sqjax calibrate") from error
     grams = {"inputs": _Grams(places, "input/"), "outputs": _Grams(places, "output/")}
@@ -278,12 +266,12 @@ def load(folder: str | Path) -> tuple[Statistics, dict[str, Any]]:
 class _Grams(Mapping):
     """Grams in files, each read when it is asked for: all of them are ten times the size of the model's file."""
 
-    def __init__(self, places: Mapping[str, Any], prefix: str):
+    def __init__(self, places: Mapping[str, Path], prefix: str):
         self._prefix = prefix
-        self._places = {name.removeprefix(prefix): file for name, file in places.items() if name.startswith(prefix)}
+        self._places = {name.removeprefix(prefix): path for name, path in places.items() if name.startswith(prefix)}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._places[name].get_tensor(self._prefix + name)
+        return spectra.read(self._places[name], self._prefix + name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -293,7 +281,7 @@ class _Grams(Mapping):
 
     def sizes(self) -> dict[str, int]:
         """Returns the number of rows of every Gram."""
-        return {name: file.get_slice(self._prefix + name).get_shape()[0] for name, file in self._places.items()}
+        return {name: spectra.rows(path, self._prefix + name) for name, path in self._places.items()}
 
 
 def check_model(statistics: Statistics, config: ModelConfig) -> None:

@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from jaxtyping import Float, Float32, Int32, Int64
 
 from sqjax import calibration, evaluation
@@ -37,9 +36,21 @@ from sqjax.gguf_file import GGUFTensors
 from sqjax.mesh import BATCH, COPIED, to_host
 from sqjax.model import Qwen35, abstract
 from sqjax.q4_k import Q4K
-from sqjax.refinement import REMATS, Refinement, Student, harden_student, initial, kinds, model_loss, model_of, start_of
+from sqjax.refinement import (
+    REMATS,
+    Refinement,
+    Student,
+    harden_student,
+    initial,
+    kinds,
+    model_loss,
+    model_of,
+    settled,
+    start_of,
+)
 from sqjax.run import InputError, interruption
 from sqjax.run_folder import metrics
+from sqjax.snapshots import Snapshots, snapshots
 from sqjax.statistics import PROJECTIONS
 
 PADDING = -1
@@ -228,10 +239,15 @@ class Run:
         """Updates of the whole run."""
         return len(self.multiplier_U)
 
+    def fresh(self, student: Student) -> State:
+        """Returns a student, or one that has settled, with moments of zero."""
+        student = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), student)
+        return State(student, optimizer_of(self.settings).init(student))
+
     def state_of(self, student: Student) -> State:
-        """Returns a student on the device, with moments of zero."""
+        """The same on the devices."""
         student = meshes.place(student, self.mesh, meshes.rows(student, self.mesh))
-        state = jax.jit(lambda student: State(student, optimizer_of(self.settings).init(student)))(student)
+        state = jax.jit(self.fresh)(student)
         # Placed like what an update returns, or the second update would be compiled again.
         return meshes.place(state, self.mesh, meshes.rows(state, self.mesh))
 
@@ -337,7 +353,7 @@ def advance(
 ) -> tuple[State, Student, Position, dict[str, Any]]:
     """Does one update, looks at the watched text when that is due, and rolls back what went wrong.
 
-    Returns the new state, the best student (on the host), the position and the line for the metrics. A KL that is not
+    Returns the new state, the best student, settled, the position and the line for the metrics. A KL that is not
     finite, or beyond `divergence` times the best, brings the best student back, with half the rates, moments of zero
     and a new warm-up; the data goes on.
     """
@@ -359,7 +375,7 @@ def advance(
         if not temperature and not kl <= settings.divergence * position.best_kl + 1e-6:
             fault = f"the watched KL is {kl:.5g} after {position.step} updates, its best {position.best_kl:.5g}"
         elif kl < position.best_kl:
-            best = to_host(state.student)
+            best = jax.jit(settled)(state.student)
             position = dataclasses.replace(position, best_kl=kl, best_step=position.step, stale=0)
         elif not temperature:
             position = dataclasses.replace(position, stale=position.stale + 1)
@@ -389,8 +405,10 @@ def distill(
       InputError: the watched KL of the start is not finite.
     """
     settings = run.settings
-    with _checkpoints(folder, settings.checkpoints) as manager, interruption() as is_asked:
-        state, best, position = _begin(run, manager, resume)
+    student = jax.eval_shape(initial, run.start)
+    like = {"state": jax.eval_shape(run.fresh, student), "best": jax.eval_shape(settled, student)}
+    with snapshots(folder / "checkpoints", like, keep=settings.checkpoints) as saved, interruption() as is_asked:
+        state, best, position = _begin(run, saved if resume else None)
         with metrics(folder, position.step) if meshes.is_first() else contextlib.nullcontext(lambda _: None) as write:
             began, first = time.monotonic(), position.step
             while not run.finished(position):
@@ -403,13 +421,13 @@ def distill(
                 record["tokens_per_second"] = speed * settings.batch * run.windows_WT.shape[1]
                 write(record)
                 stop = is_asked()
-                if stop or run.finished(position) or position.step % settings.checkpoint_every == 0:
-                    _save(manager, state, best, position)
+                due = position.step % settings.checkpoint_every == 0 and saved.due()
+                if stop or run.finished(position) or due:
+                    saved.save(position.step, {"state": state, "best": best}, dataclasses.asdict(position))
                 if stop:
                     print(f"stopped after {position.step} of {run.updates} updates; --resume goes on", file=sys.stderr)
                     raise KeyboardInterrupt
                 progress(position.step, run.updates, _note(record, position))
-        manager.wait_until_finished()
     chosen = best if settings.keep_best else state.student
     harden = jax.jit(functools.partial(harden_student, run.config))
     chosen = meshes.place(chosen, run.mesh, meshes.rows(chosen, run.mesh))
@@ -426,40 +444,14 @@ def _note(record: Mapping[str, Any], position: Position) -> str:
     return ", ".join(parts)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files and signals
-
-
-def _checkpoints(folder: Path, count: int) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=count, create=True)
-    return ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
-
-
-def _begin(run: Run, manager: ocp.CheckpointManager, resume: bool) -> tuple[State, Student, Position]:
+def _begin(run: Run, saved: Snapshots | None) -> tuple[State, Student, Position]:
     """The start, or the last checkpoint."""
-    if not resume or manager.latest_step() is None:
-        best = jax.jit(initial)(run.start)
-        kl = run.watch(best)
+    start = jax.jit(initial)(run.start)
+    if saved is None or saved.latest is None:
+        kl = run.watch(start)
         if not math.isfinite(kl):
             raise InputError(f"the KL of the file that is to be refined is {kl}; give one that works")
-        return run.state_of(run.begin()), to_host(best), Position(start_kl=kl, best_kl=kl)
-    state = run.state_of(jax.jit(initial)(run.start))
-    shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)  # noqa: E731
-    trees = {"state": state, "best": state.student}
-    targets = {name: ocp.args.StandardRestore([*map(shape, jax.tree.leaves(tree))]) for name, tree in trees.items()}
-    found = manager.restore(manager.latest_step(), args=ocp.args.Composite(position=ocp.args.JsonRestore(), **targets))
-    state, best = (jax.tree.structure(tree).unflatten(found[name]) for name, tree in trees.items())
-    state = meshes.place(state, run.mesh, meshes.rows(state, run.mesh))
-    return state, to_host(best), Position(**found["position"])
-
-
-def _save(manager: ocp.CheckpointManager, state: State, best: Student, position: Position) -> None:
-    """Starts writing a checkpoint; the arrays are copied first, since the next update reuses their memory."""
-    if manager.latest_step() == position.step:
-        return
-    arguments = ocp.args.Composite(
-        state=ocp.args.StandardSave(jax.tree.leaves(to_host(state))),
-        best=ocp.args.StandardSave(jax.tree.leaves(best)),
-        position=ocp.args.JsonSave(dataclasses.asdict(position)),
-    )
-    manager.save(position.step, args=arguments)
+        return run.state_of(run.begin()), jax.jit(settled)(start), Position(start_kl=kl, best_kl=kl)
+    state = run.state_of(start)
+    trees, position = saved.restore({"state": state, "best": jax.jit(settled)(state.student)})
+    return trees["state"], trees["best"], Position(**position)

@@ -94,6 +94,11 @@ def harden(values: Latent, start: Q4K) -> Q4K:
     )
 
 
+def settle(values: Latent) -> Latent:
+    """Returns the same with codes at the integers that they round to, as bytes: what hardens alike, in less memory."""
+    return dataclasses.replace(values, codes_OI=_nearest(values.codes_OI, MAX_CODE).astype(jnp.uint8))
+
+
 def stair(value: Array, temperature: Array) -> Array:
     """Returns floor(u) + (f(u - floor(u)) - f(0)) / (f(1) - f(0)), f(x) = sigmoid((x - 1/2) / temperature).
 

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from sqjax.config import ModelConfig, tensor_name
 from sqjax.delta_rule import product
-from sqjax.latent import Latent, harden, latent, weights
+from sqjax.latent import Latent, harden, latent, settle, weights
 from sqjax.mesh import whole
 from sqjax.model import BLOCKS, Qwen35
 from sqjax.q4_k import Q4K
@@ -88,7 +88,7 @@ class Refinement:
       patience: looks without a new best before the run stops; 0 never stops.
       divergence: multiple of the best KL beyond which the run is rolled back.
       keep_best: write the best state, not the last.
-      checkpoint_every: updates between two checkpoints.
+      checkpoint_every: updates between two checkpoints, or more where they would take over a tenth of the time.
       checkpoints: how many are kept.
     """
 
@@ -322,6 +322,12 @@ def initial(start: Student, target: Student | None = None, displacement: float =
         return latent(leaf, weight, displacement) if isinstance(leaf, Q4K) else jnp.zeros_like(leaf)
 
     return jax.tree.map(begin, *((start,) if target is None else (start, target)), is_leaf=_is(Q4K))
+
+
+def settled(student: Student) -> Student:
+    """Returns a copy that hardens alike, its codes in the centres of their cells and a byte each."""
+    copy = lambda leaf: jax.tree.map(jnp.copy, settle(leaf) if isinstance(leaf, Latent) else leaf)  # noqa: E731
+    return jax.tree.map(copy, student, is_leaf=_is(Latent))
 
 
 def kinds(student: Student) -> Student:

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -42,14 +41,29 @@ def files(folder: str | Path) -> list[Path]:
     return sorted(Path(folder).glob("statistics*.safetensors"))
 
 
-def places(folder: str | Path) -> dict[str, Any]:
-    """Returns for the name of each tensor of a folder's statistics the open file that holds it.
+def places(folder: str | Path) -> dict[str, Path]:
+    """Returns for the name of each tensor of a folder's statistics the file that holds it.
 
     Raises:
       OSError, SafetensorError: a file cannot be read.
     """
-    opened = [safe_open(path, framework="numpy") for path in files(folder)]
-    return {name: file for file in opened for name in file.keys()}  # noqa: SIM118
+    found = {}
+    for path in files(folder):
+        with safe_open(path, framework="numpy") as file:
+            found |= dict.fromkeys(file.keys(), path)
+    return found
+
+
+def read(path: Path, name: str) -> np.ndarray:
+    """Returns a tensor of a file, which is closed again: what was read of an open one stays in the host's memory."""
+    with safe_open(path, framework="numpy") as file:
+        return file.get_tensor(name)
+
+
+def rows(path: Path, name: str) -> int:
+    """Returns how many rows a tensor of a file has."""
+    with safe_open(path, framework="numpy") as file:
+        return file.get_slice(name).get_shape()[0]
 
 
 def save(folder: str | Path) -> None:
@@ -81,13 +95,13 @@ def read_spectra(folder: str | Path) -> dict[str, Float32[np.ndarray, "I"]]:
 
 def _save_here(folder: Path) -> None:
     try:
-        grams = {name: file for name, file in places(folder).items() if name.startswith(("input/", "output/"))}
+        grams = {name: path for name, path in places(folder).items() if name.startswith(("input/", "output/"))}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder} holds no statistics ({error}); give the folder of sqjax calibrate") from error
     if not grams:
         raise InputError(f"{folder} holds no statistics; give the folder of sqjax calibrate")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        values = pool.map(lambda name: eigenvalues(grams[name].get_tensor(name)), grams)
+        values = pool.map(lambda name: eigenvalues(read(grams[name], name)), grams)
         found = dict(zip(grams, values))
     with atomic_path(folder / FILE) as path:
         save_file({name: np.ascontiguousarray(values) for name, values in found.items()}, path)

@@ -11,7 +11,7 @@ display run_folder spectra delta_kernels
 config q4_k delta_rule texts settings mesh buckets
 least_squares
 tokens scales objective latent hub
-rounding equalize fingerprints
+rounding equalize fingerprints snapshots
 checkpoint
 gguf_metadata
 gguf_file

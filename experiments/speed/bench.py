@@ -503,7 +503,6 @@ def pipeline(arguments) -> None:
         distilled = tokens | {"tokens": arguments.updates * batch * length}
         stages = {
             "load": lambda: sources.load_model(sources.open_model(model)),
-            "plain rounding": lambda: making.convert(model, folder / "plain.gguf"),
             "statistics": lambda: making.calibrate(model, folder / "statistics", length=length, batch=8, **tokens),
             "spectral": lambda: making.quantize(
                 model, folder / "spectral.gguf", statistics=folder / "statistics", settings=arguments.recipe
@@ -526,10 +525,12 @@ def pipeline(arguments) -> None:
                 values |= {"tokens_per_second": json.loads(lines[-1])["tokens_per_second"]}
             report(arguments, what=name, **values, **memory())
             del result
+        whole = {"seconds": total, "seconds_with_checkpoint": time.perf_counter() - begin} | memory()
+        # To compare with; no part of the way.
+        making.convert(model, folder / "plain.gguf")
         same = refined.stat().st_size == (folder / "plain.gguf").stat().st_size
-        values = {"bytes": refined.stat().st_size, "same_size_as_plain": same, "types": inspect(refined)["types"]}
-        values |= {"seconds": total, "seconds_with_checkpoint": time.perf_counter() - begin, "tokens": tokens["tokens"]}
-        report(arguments, what="all", **values, updates=arguments.updates, **memory())
+        whole |= {"bytes": refined.stat().st_size, "same_size_as_plain": same, "types": inspect(refined)["types"]}
+        report(arguments, what="all", **whole, tokens=tokens["tokens"], updates=arguments.updates)
 
 
 def checkpoint_of(shape: str, folder: Path) -> Path:
