@@ -112,14 +112,13 @@ def repeat(call, seconds: float, at_least: int = 3, at_most: int = 30) -> float:
 
 
 def memory() -> dict:
-    """Peak memory of this process on its first device and on its host, in GiB."""
-    import resource
-
+    """Memory of this process at its fullest, in GiB: on its first device so far, on its host since the last call."""
     import jax
 
-    statistics = jax.devices()[0].memory_stats() or {}
-    peak = statistics.get("peak_bytes_in_use")
-    host = {"peak_host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)}
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    host = {"peak_host_gib": int(status["VmHWM"].split()[0]) / (1 << 20)}
+    Path("/proc/self/clear_refs").write_text("5")
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return host if peak is None else host | {"peak_gib": peak / (1 << 30)}
 
 
@@ -514,7 +513,7 @@ def pipeline(arguments) -> None:
                 refined, reference=model, length=length, windows=8, dtype="bf16"
             ),
         }
-        total = 0.0
+        total, host = 0.0, []
         for name, stage in stages.items():
             with Clock() as clock:
                 result = stage()
@@ -523,9 +522,11 @@ def pipeline(arguments) -> None:
             if name == "refinement":
                 lines = (folder / "refined.gguf.run" / "metrics.jsonl").read_text().splitlines()
                 values |= {"tokens_per_second": json.loads(lines[-1])["tokens_per_second"]}
-            report(arguments, what=name, **values, **memory())
+            host.append(memory())
+            report(arguments, what=name, **values, **host[-1])
             del result
-        whole = {"seconds": total, "seconds_with_checkpoint": time.perf_counter() - begin} | memory()
+        whole = {"seconds": total, "seconds_with_checkpoint": time.perf_counter() - begin}
+        whole |= {key: max(stage[key] for stage in host) for key in host[0]}
         # To compare with; no part of the way.
         making.convert(model, folder / "plain.gguf")
         same = refined.stat().st_size == (folder / "plain.gguf").stat().st_size
