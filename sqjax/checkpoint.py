@@ -193,6 +193,10 @@ class HuggingFaceTensors(Mapping):
         tensor = transform(self._stored[key].read(), self._config)
         return tensor if is_matrix(name, tensor.shape) else tensor.astype(np.float32)
 
+    def __contains__(self, name: object) -> bool:
+        # That of Mapping would read the tensor.
+        return name in self._shapes
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
 

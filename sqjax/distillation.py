@@ -183,8 +183,8 @@ def _room(config: ModelConfig, settings: Refinement, remat: str) -> int:
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is None:
         return _UNKNOWN_TOKENS
-    # float32 residuals of all layers of both models, the dozen wide arrays of one block and their gradients, and what
-    # is kept of every block.
+    # float32 residuals of all layers of both models and the gradients of their errors, the dozen wide arrays of one
+    # block and their gradients, and what is kept of every block.
     wide = config.intermediate_size + config.hidden_size + config.conv_channels
     projected = sum(
         shape[0]
@@ -193,7 +193,7 @@ def _room(config: ModelConfig, settings: Refinement, remat: str) -> int:
         if name in PROJECTIONS
     )
     kept = {"blocks": 0, "between": 2 * projected, "none": 4 * 12 * wide * config.num_hidden_layers}[remat]
-    per_token = 4 * (2 * config.num_hidden_layers * config.hidden_size + 24 * wide) + kept
+    per_token = 4 * (3 * config.num_hidden_layers * config.hidden_size + 24 * wide) + kept
     state = 32 * sum(math.prod(shape) for shape in config.tensor_shapes().values())
     logits = 24 * settings.chunk * config.vocab_size
     return int(min(0.8 * limit - state - logits, _MOST_BYTES) / per_token)

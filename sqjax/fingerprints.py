@@ -14,6 +14,7 @@ References:
   Brown et al., Language Models are Few-Shot Learners, 2020, appendix C (overlap by runs of 13 words).
 """
 
+import functools
 import hashlib
 import io
 import re
@@ -73,11 +74,16 @@ def words_of(piece: str) -> list[str]:
     return _WORD.findall(unicodedata.normalize("NFKC", piece).casefold())
 
 
+@functools.lru_cache(maxsize=1 << 18)
+def _word_hash(word: str) -> int:
+    return zlib.crc32(word.encode())
+
+
 def _hashes(words: Sequence[str]) -> Prints:
     """Hashes of a piece: the sampled runs, or the smallest where none is; of all of it where it holds no run."""
     if len(words) < _RUN:
         return np.frombuffer(hashlib.blake2b(" ".join(words).encode(), digest_size=8).digest(), np.uint64)
-    word = np.asarray([zlib.crc32(word.encode()) for word in words], np.uint64)
+    word = np.asarray([*map(_word_hash, words)], np.uint64)
     # A polynomial in an odd base modulo 2^64, then a mixing step: the low bits, by which runs are sampled, would else
     # depend on the low bits of the words alone.
     base, runs = np.uint64(0x9E3779B97F4A7C15), len(words) - _RUN + 1

@@ -78,29 +78,55 @@ class _Scaled(Mapping):
         return len(self._grams)
 
 
-def refold(config: ModelConfig, tensors: Mapping[str, Array], file: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def refold(config: ModelConfig, tensors: Mapping[str, Array], file: Mapping[str, Any]) -> Mapping[str, np.ndarray]:
     """Returns a checkpoint's tensors under the channel scales that `equalize` folded into a file of it.
 
     Norm gains tell them exactly; rows of ffn_up and attn_v by least squares between the file's weights and the
-    checkpoint's. Vectors are the file's.
+    checkpoint's. Vectors are the file's. A matrix is read and scaled when it is asked for.
     """
-    tensors = {name: np.asarray(tensors[name], np.float32) for name in config.tensor_shapes()}
+    rows: dict[str, np.ndarray] = {}
+    columns: dict[str, np.ndarray] = {}
     for layer, kind in enumerate(config.layer_types):
         name = functools.partial(tensor_name, layer)
         for attributes in READERS[kind]:
             source, tie_I = _scale_source(config, attributes[0])
             writer = name(source)
-            old, new = tensors[writer], file[writer]
+            old, new = np.asarray(tensors[writer], np.float32), file[writer]
             if is_matrix(writer, old.shape):
+                # Its own columns were scaled before its rows were.
+                old = old * columns[writer][None, :] if writer in columns else old
                 new = np.asarray(dequantize(jax.tree.map(jnp.asarray, new)) if isinstance(new, Q4K) else new)
                 inverse = np.sum(new * old, axis=1) / np.maximum(np.sum(old * old, axis=1), 1e-30)
-                tensors[writer] = old * inverse[:, None]
+                rows[writer] = inverse
             else:
                 inverse = np.asarray(new) / np.where(old == 0, 1.0, old)
             scale_I = 1.0 / np.where(inverse == 0, 1.0, inverse)[tie_I]
-            for attribute in attributes:
-                tensors[name(attribute)] = tensors[name(attribute)] * scale_I[None, :]
-    return tensors | {name: np.asarray(file[name]) for name in tensors if not is_matrix(name, tensors[name].shape)}
+            columns |= dict.fromkeys(map(name, attributes), scale_I)
+    return _Refolded(config, tensors, file, rows, columns)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Refolded(Mapping):
+    """A checkpoint's matrices under scales of their rows and columns, and a file's vectors."""
+
+    config: ModelConfig
+    tensors: Mapping[str, Array]
+    file: Mapping[str, Any]
+    rows: Mapping[str, np.ndarray]
+    columns: Mapping[str, np.ndarray]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if not is_matrix(name, self.config.tensor_shapes()[name]):
+            return np.asarray(self.file[name])
+        weight_OI = np.asarray(self.tensors[name], np.float32)
+        weight_OI = weight_OI * self.columns[name][None, :] if name in self.columns else weight_OI
+        return weight_OI * self.rows[name][:, None] if name in self.rows else weight_OI
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.config.tensor_shapes())
+
+    def __len__(self) -> int:
+        return len(self.config.tensor_shapes())
 
 
 def _scale_source(config: ModelConfig, reader: str) -> tuple[str, np.ndarray]:

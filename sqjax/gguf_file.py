@@ -207,6 +207,10 @@ class StoredTensor:
                 return self.data.view(np.float16).reshape(self.shape)
             case Type.BF16:
                 return self.data.view(ml_dtypes.bfloat16).reshape(self.shape)
+            case Type.Q4_K:
+                # gguf's own goes through 16 rows at a time.
+                blocks_OSB = self.data.reshape(*self.shape[:-1], -1, q4_k.BLOCK_BYTES)
+                return np.asarray(q4_k.dequantize(q4_k.unpack(blocks_OSB)))
             case kind:
                 return gguf.quants.dequantize(self.data.reshape(*self.shape[:-1], -1), kind).reshape(self.shape)
 
@@ -306,6 +310,10 @@ class GGUFTensors(Mapping):
     def __getitem__(self, name: str) -> np.ndarray:
         tensor = self._stored[name].decode()
         return tensor if is_matrix(name, tensor.shape) else tensor.astype(np.float32)
+
+    def __contains__(self, name: object) -> bool:
+        # That of Mapping would decode the tensor.
+        return name in self._stored
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)

@@ -254,18 +254,16 @@ class Qwen35(nnx.Module):
 
             return block(x_BTD, probe if accumulators else None)
 
-        look = after
         if remat:
             # Inside a scan nothing can undo the recomputation, so the barrier against that would only cost speed.
             policy = jax.checkpoint_policies.save_only_these_names(_PROJECTED) if keep else None
             run_block = jax.checkpoint(run_block, prevent_cse=False, policy=policy)
-            look = look and jax.checkpoint(look, prevent_cse=False)
 
         def run_period(x_BTD, repeat):
             found = []
             for block, accumulators, beside in zip(*repeat, strict=True):
                 x_BTD = run_block(block, x_BTD, accumulators)
-                found.append(None if after is None else look(x_BTD, beside))
+                found.append(None if after is None else after(x_BTD, beside))
             return x_BTD, found
 
         accumulators = [{} for _ in self.blocks] if probes is None else [dict(probe) for probe in probes]

@@ -204,11 +204,19 @@ def _loss_forward(student_ND, table_VD, teacher_ND, teacher_table_VD, weight_N, 
     def body(state, inputs):
         loss, gradient_VD = state
         student_CD, teacher_CD, weight_C = inputs
-        log_p_CV = jax.nn.log_softmax(product("cd,vd->cv", teacher_CD, teacher_table_VD))
-        log_q_CV = jax.nn.log_softmax(product("cd,vd->cv", student_CD, table_VD))
-        p_CV = jnp.exp(log_p_CV)
-        loss += jnp.sum(weight_C * jnp.sum(p_CV * (log_p_CV - log_q_CV), axis=-1))
-        slope_CV = ((jnp.exp(log_q_CV) - p_CV) * weight_C[:, None]).astype(dtype)
+        ideal_CV = product("cd,vd->cv", teacher_CD, teacher_table_VD)
+        logits_CV = product("cd,vd->cv", student_CD, table_VD)
+        # Logits are read as seldom as can be, since that is what a large vocabulary costs: for their maxima, for all
+        # three sums at once, and for the slopes. Nothing of this cancels but numbers of the size of one.
+        top_C1, ideal_top_C1 = (x_CV.max(axis=-1, keepdims=True) for x_CV in (logits_CV, ideal_CV))
+        exponential_CV, ideal_exponential_CV = jnp.exp(logits_CV - top_C1), jnp.exp(ideal_CV - ideal_top_C1)
+        sum_C1, ideal_sum_C1 = (x_CV.sum(axis=-1, keepdims=True) for x_CV in (exponential_CV, ideal_exponential_CV))
+        off_CV = (ideal_CV - ideal_top_C1) - (logits_CV - top_C1)
+        off_C1 = jnp.sum(ideal_exponential_CV * off_CV, axis=-1, keepdims=True)
+        kl_C1 = off_C1 / ideal_sum_C1 - jnp.log(ideal_sum_C1) + jnp.log(sum_C1)
+        loss += jnp.sum(weight_C * kl_C1[:, 0])
+        slope_CV = exponential_CV / sum_C1 - ideal_exponential_CV / ideal_sum_C1
+        slope_CV = (slope_CV * weight_C[:, None]).astype(dtype)
         gradient_VD += product("cv,cd->vd", slope_CV, student_CD)
         return (loss, gradient_VD), product("cv,vd->cd", slope_CV, table_VD)
 
@@ -226,16 +234,29 @@ def _loss_backward(chunk, residuals, cotangent):
 distillation_loss.defvjp(_loss_forward, _loss_backward)
 
 
+@jax.custom_vjp
 def residual_loss(
     off_BTD: Float32[Array, "B T D"], gram_DD: Float[Array, "D D"], weight_BT: Float32[Array, "B T"]
 ) -> Float32[Array, ""]:
     """Sum over tokens of weight_BT 1/2 e^T G e for errors e of the residual stream after a block, in nats.
 
     G is the Gram of the gradients there of log-likelihoods of labels that the teacher draws, its Fisher information:
-    KL(teacher || student) begins as this form.
+    KL(teacher || student) begins as this form. Its gradient, G e, is formed with it, in the type of G; G and the
+    weights have none.
     """
-    pulled_BTD = product("BTD,DE->BTE", off_BTD.astype(gram_DD.dtype), gram_DD, jnp.float32)
-    return 0.5 * jnp.sum(weight_BT[..., None] * off_BTD * pulled_BTD)
+    return _residual_forward(off_BTD, gram_DD, weight_BT)[0]
+
+
+def _residual_forward(off_BTD, gram_DD, weight_BT):
+    pulled_BTD = weight_BT[..., None] * product("BTD,DE->BTE", off_BTD.astype(gram_DD.dtype), gram_DD, jnp.float32)
+    return 0.5 * jnp.sum(off_BTD * pulled_BTD), pulled_BTD.astype(gram_DD.dtype)
+
+
+def _residual_backward(pulled_BTD, cotangent):
+    return cotangent * pulled_BTD.astype(jnp.float32), None, None
+
+
+residual_loss.defvjp(_residual_forward, _residual_backward)
 
 
 def model_loss(

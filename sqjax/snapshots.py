@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from sqjax import mesh as meshes
 
 # What a host may hold of a snapshot at once, in GB of ten to the ninth, and what counts as small.
-_PIECE, _SMALL = 2, 4
+_PIECE, _SMALL = 1, 4
 # Seconds between two snapshots are at least so many times what the last one cost.
 _SPARING = 9.0
 
@@ -77,8 +77,9 @@ def snapshots(folder: Path, like: Mapping[str, Any], *, keep: int = 1, seconds: 
     """
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like)) / 1e9
     piece = _PIECE if size > _SMALL else None
-    # Latent values and sums hardly compress; pinned memory would never be given back.
-    options = {"use_compression": False, "enable_pinned_host_transfer": False, "save_device_host_concurrent_gb": piece}
+    # Latent values and sums hardly compress. By way of pinned memory, since an array that is fetched keeps its copy.
+    pinned = jax.default_backend() != "cpu"
+    options = {"use_compression": False, "enable_pinned_host_transfer": pinned, "save_device_host_concurrent_gb": piece}
     handlers = {name: ocp.PyTreeCheckpointHandler(**options) for name in like} | {"facts": ocp.JsonCheckpointHandler()}
     policy = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
     with ocp.CheckpointManager(folder.absolute(), options=policy, item_handlers=handlers) as manager:

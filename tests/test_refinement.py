@@ -168,6 +168,17 @@ def test_residual_loss_is_where_the_divergence_of_a_disturbed_stream_begins(teac
     np.testing.assert_allclose(refinement.residual_loss(off_BTD, grams[-1][-1], weight_BT), kl, rtol=0.1)
 
 
+def test_the_gradient_of_residual_loss_is_that_of_the_form():
+    rng = np.random.default_rng(8)
+    off_BTD, root_DD = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, 3, 8), (8, 8)))
+    weight_BT = jnp.asarray(rng.uniform(size=(2, 3)), jnp.float32)
+    gram_DD = root_DD @ root_DD.T
+    form = lambda off_BTD: 0.5 * jnp.einsum("bt,btd,de,bte", weight_BT, off_BTD, gram_DD, off_BTD)  # noqa: E731
+    ours = lambda off_BTD: refinement.residual_loss(off_BTD, gram_DD, weight_BT)  # noqa: E731
+    np.testing.assert_allclose(ours(off_BTD), form(off_BTD), rtol=1e-5)
+    np.testing.assert_allclose(jax.grad(ours)(off_BTD), jax.grad(form)(off_BTD), rtol=1e-4, atol=1e-5)
+
+
 def test_the_share_mixes_the_two_losses(teacher, windows):
     student = jax.tree.map(lambda leaf: 1.01 * leaf, teacher)
     grams = distillation.residual_grams(teacher, windows[:8], Refinement(chunk=64))
