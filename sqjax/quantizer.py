@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -32,6 +33,9 @@ from sqjax.statistics import Statistics
 
 # Numbers of the weights and Grams that are worked on at once: a step of descent moves all of them through memory.
 ROOM = {"cpu": 1 << 25, "gpu": 1 << 28, "tpu": 1 << 28}
+
+# Memory of a device for each of several at a time.
+_BYTES_AT_ONCE = 24 << 30
 
 Step = Callable[[Problem, Q4K | None], Q4K]
 
@@ -238,17 +242,43 @@ def quantize(
     # Matrices that are rounded one by one come to the device one by one: a large model need not fit it whole.
     whole = set() if recipe.sequential else set(matrices)
     result = {name: load(name) for name in config.tensor_shapes() if name not in whole}
-    for name in ("token_embd.weight", "output.weight"):
-        if name in matrices:
-            result[name] = _round_table(load(name), table_roles(name, config, statistics), recipe)
-            report(1)
+
+    def round_table(name: str) -> dict[str, Q4K]:
+        return {name: _round_table(load(name), table_roles(name, config, statistics), recipe)}
+
+    def round_group(names: Sequence[str]) -> dict[str, Q4K]:
+        problems = [Problem(load(n), *map(jnp.asarray, statistics.grams(n))) for n in names]
+        return dict(zip(names, solve(problems, recipe)))
+
+    tables = (name for name in ("token_embd.weight", "output.weight") if name in matrices)
+    tasks = [functools.partial(round_table, name) for name in tables]
+    if not recipe.sequential:
+        groups = groups_of_one_shape(config, matrices, ROOM[jax.default_backend()] * len(jax.devices()))
+        tasks += [functools.partial(round_group, group) for group in groups]
+    for solutions in _side_by_side(tasks, _at_once()):
+        result |= solutions
+        report(len(solutions))
     if recipe.sequential:
         return _round_sequentially(config, tensors, statistics, recipe, result, report)
-    for group in groups_of_one_shape(config, matrices, ROOM[jax.default_backend()] * len(jax.devices())):
-        problems = [Problem(load(n), *map(jnp.asarray, statistics.grams(n))) for n in group]
-        result |= zip(group, solve(problems, recipe))
-        report(len(group))
     return {name: result[name] for name in config.tensor_shapes()}
+
+
+def _at_once() -> int:
+    """Matrices, or groups of them, that are worked on at once: while one is compiled for, the device has another."""
+    # Several devices meet in each program, and must do so in one order. On a CPU an interruption should be heeded soon.
+    if len(jax.devices()) > 1 or jax.default_backend() == "cpu":
+        return 1
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    return int(np.clip(limit // _BYTES_AT_ONCE, 1, 3))
+
+
+def _side_by_side(tasks: Sequence[Callable[[], Any]], count: int) -> Iterator[Any]:
+    """Yields what tasks return, in their order, `count` of them running at a time."""
+    if count == 1:
+        yield from (task() for task in tasks)
+        return
+    with ThreadPoolExecutor(count) as pool:
+        yield from pool.map(lambda task: task(), tasks)
 
 
 def groups_of_one_shape(config: ModelConfig, matrices: Sequence[str], room: int) -> Iterator[list[str]]:

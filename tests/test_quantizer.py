@@ -7,7 +7,7 @@ import pytest
 import random_checkpoint
 
 import sqjax
-from sqjax import gguf_file, making, sources
+from sqjax import gguf_file, making, quantizer, sources
 from sqjax.calibration import collect
 from sqjax.checkpoint import load_checkpoint
 from sqjax.folding import equalize, refold
@@ -67,6 +67,20 @@ def test_scaled_statistics_are_those_of_the_scaled_model(measured):
     for name, expected in again.inputs.items():
         expected = np.asarray(expected)
         np.testing.assert_allclose(np.asarray(predicted.inputs[name]), expected, atol=1e-3 * np.abs(expected).max())
+
+
+def test_groups_side_by_side_give_the_same_bits_in_order(measured, monkeypatch):
+    checkpoint, _, statistics = measured
+    solutions, reports = [], []
+    for count in (1, 3):
+        monkeypatch.setattr(quantizer, "_at_once", lambda count=count: count)
+        done = []
+        arguments = (checkpoint.config, checkpoint.tensors, statistics, Recipe(steps=("feedback",)))
+        solutions.append(quantize(*arguments, lambda number, total, done=done: done.append((number, total))))
+        reports.append(done)
+    assert reports[0] == reports[1] and list(solutions[0]) == list(solutions[1])
+    for one, other in zip(*map(jax.tree.leaves, solutions), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 RECIPES = {
