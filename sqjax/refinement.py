@@ -101,7 +101,7 @@ class Refinement:
     beta2: float = 0.99
     residual_share: float = 0.9
     residual_share_end: float = 0.3
-    schedule: str = "linear"
+    schedule: str = "cosine"
     warmup: int = 20
     softness: float = 0.3
     softness_end: float = 0.002

@@ -39,7 +39,7 @@ GROUPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "displacement 0.8": ("displacement=0.8",),
     },
     "schedule": {
-        "cosine": ('schedule="cosine"',),
+        "linear": ('schedule="linear"',),
     },
 }
 DEFAULTS = "defaults"
