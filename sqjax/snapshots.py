@@ -6,6 +6,7 @@ it goes there in pieces instead, and the devices wait.
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -75,13 +76,15 @@ def snapshots(folder: Path, like: Mapping[str, Any], *, keep: int = 1, seconds: 
       keep: how many.
       seconds: between two, at least.
     """
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like)) / 1e9
-    piece = _PIECE if size > _SMALL else None
-    # Latent values and sums hardly compress. By way of pinned memory, since an array that is fetched keeps its copy.
-    pinned = jax.default_backend() != "cpu"
-    options = {"use_compression": False, "enable_pinned_host_transfer": pinned, "save_device_host_concurrent_gb": piece}
+    sizes = [leaf.size * leaf.dtype.itemsize / 1e9 for leaf in jax.tree.leaves(like)]
+    options: dict[str, Any] = {"use_compression": False}
+    if waits := sum(sizes) > _SMALL:
+        # What is read may not be less than the largest array.
+        options |= {"save_device_host_concurrent_gb": _PIECE, "restore_concurrent_gb": _PIECE + math.ceil(max(sizes))}
+    # By way of pinned memory, since an array that is fetched itself keeps its copy.
+    options |= {"enable_pinned_host_transfer": jax.default_backend() != "cpu"}
     handlers = {name: ocp.PyTreeCheckpointHandler(**options) for name in like} | {"facts": ocp.JsonCheckpointHandler()}
     policy = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
     with ocp.CheckpointManager(folder.absolute(), options=policy, item_handlers=handlers) as manager:
-        yield Snapshots(manager, piece is not None, seconds)
+        yield Snapshots(manager, waits, seconds)
         manager.wait_until_finished()
