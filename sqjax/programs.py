@@ -22,7 +22,7 @@ from sqjax.mesh import BY_BATCH, COPIED
 from sqjax.model import BLOCKS, Qwen35, abstract
 from sqjax.objective import Problem
 from sqjax.q4_k import Q4K, SUB_BLOCK, SUPER_BLOCK
-from sqjax.refinement import Refinement, Student, initial, model_of, start_of
+from sqjax.refinement import Refinement, Student, initial, model_of, settled, start_of
 from sqjax.scales import search_super_blocks
 
 
@@ -133,6 +133,7 @@ def refinement(config: ModelConfig, mesh: Mesh, settings: Refinement) -> Iterato
     grams = placed(grams, mesh, distillation.gram_rows(grams, mesh))
     arguments = (trees[0], teacher, trees[1], grams, *batches, *[_array(mesh, ())] * 3)
     yield Program("refinement", "initial student", jax.jit(initial), (trees[1],))
+    yield Program("refinement", "settled student", jax.jit(settled), (trees[0].student,))
     yield Program("refinement", "update", distillation.make_update(config, settings, mesh), arguments)
     model = jax.jit(lambda student, start: model_of(config, student, start, settings.compute_dtype))
     yield Program("refinement", "student's model", model, (trees[0].student, trees[1]))
