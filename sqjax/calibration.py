@@ -273,6 +273,10 @@ class _Grams(Mapping):
     def __getitem__(self, name: str) -> np.ndarray:
         return spectra.read(self._places[name], self._prefix + name)
 
+    def __contains__(self, name: object) -> bool:
+        # That of Mapping would read the Gram.
+        return name in self._places
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 

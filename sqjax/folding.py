@@ -71,6 +71,10 @@ class _Scaled(Mapping):
         gram_II, scale_I = self._grams[name], self.scales.get(name)
         return gram_II if scale_I is None else gram_II / (scale_I[:, None] * scale_I[None, :])
 
+    def __contains__(self, name: object) -> bool:
+        # That of Mapping would read the Gram.
+        return name in self._grams
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._grams)
 
