@@ -348,11 +348,12 @@ def refinement(arguments) -> None:
     from sqjax import mesh as meshes
     from sqjax.distillation import BY_WINDOW, State, fitted, make_update, optimizer_of
     from sqjax.refinement import Refinement, initial
+    from sqjax.settings import build, parse_overrides
 
     config = config_of(arguments.shape)
     length, _, _, batch = SIZES[arguments.shape]
-    settings = Refinement(length=length, batch=batch, accumulate=arguments.accumulate, remat=arguments.remat)
-    settings = fitted(config, settings)
+    asked = {"length": length, "batch": batch} | parse_overrides(arguments.settings)
+    settings = fitted(config, build(Refinement, asked, "--settings"))
     mesh = meshes.create()
     start = meshes.place(random_start(config, jax.random.key(2)), mesh)
     student = jax.jit(initial)(start)
@@ -375,7 +376,8 @@ def refinement(arguments) -> None:
     seconds = repeat(call, 3.0 if arguments.brief else 0.4 * arguments.seconds, at_most=20)
     rate = batch * length / seconds
     values = {"tokens_per_second": rate, "ms": seconds * 1e3, "batch": batch, "length": length}
-    values |= {"micro_batches": settings.accumulate, "remat": settings.remat, "compile_seconds": clock.compile_seconds}
+    chosen = {"micro_batches": settings.accumulate, "remat": settings.remat, "chunk": settings.chunk}
+    values |= chosen | {"compile_seconds": clock.compile_seconds}
     values |= {"minutes_for_16m": 16e6 / rate / 60, "dtype": str(jnp.dtype(settings.compute_dtype))}
     report(arguments, what="update", **values, **utilisation(arguments, rate, 8 * matrix_weights(config)), **memory())
     profile(arguments, "update", call)
@@ -601,12 +603,14 @@ def run_section(arguments, name: str, devices: int, limit: float, found: dict, o
     """
     python = arguments.torch_python if name == "torch" else sys.executable
     command = [python, __file__, "--section", name, "--seconds", f"{limit:.0f}"]
-    for option in ("shape", "tokens", "accumulate", "remat", "dtype", "pipeline-tokens", "updates"):
+    for option in ("shape", "tokens", "dtype", "pipeline-tokens", "updates"):
         command += [f"--{option}", str(getattr(arguments, option.replace("-", "_")))]
     command += ["--pipeline-text", str(arguments.pipeline_text)] * (arguments.pipeline_text is not None)
     command += [text for rate, value in found.items() for text in (f"--{rate}", str(value))]
     command += ["--model", str(arguments.model)] * (arguments.model is not None) + ["--brief"] * (flags is not None)
-    command += ["--recipe", *arguments.recipe] * bool(arguments.recipe)
+    for option in ("recipe", "settings"):
+        given = getattr(arguments, option)
+        command += [f"--{option}", *given] * bool(given)
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(devices)))} if devices else {}
     environment = os.environ | visible | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     head = {"devices": devices or 1}
@@ -651,8 +655,7 @@ def main() -> None:
     parser.add_argument("--devices", default="0", help="numbers of GPUs, as in 1,2; 0 for all that are there")
     parser.add_argument("--seconds", type=float, default=520.0, help="after which no section goes on")
     parser.add_argument("--tokens", type=int, default=1 << 20, help="most tokens of the statistics")
-    parser.add_argument("--accumulate", type=int, default=0, help="micro-batches of an update; 0 lets sqjax choose")
-    parser.add_argument("--remat", default="auto", help="what an update recomputes: auto, blocks, between, none")
+    parser.add_argument("--settings", nargs="+", default=[], help="of an update, as in accumulate=4 chunk=2048")
     parser.add_argument("--dtype", default="bfloat16", help="of the matrices in the statistics")
     parser.add_argument("--torch-python", default=sys.executable)
     parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
