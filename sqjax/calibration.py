@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from sqjax import spectra
 from sqjax.config import ModelConfig, is_matrix
 from sqjax.fingerprints import UNKNOWN, Prints, Seen, pieces_of, prints_of, read_beside, union, write_beside
 from sqjax.model import Qwen35
-from sqjax.run import InputError, atomic_path
+from sqjax.run import InputError, OnDemand, atomic_path
 from sqjax.snapshots import snapshots
 from sqjax.statistics import PROJECTIONS, Statistics, Sums, accumulator, empty, folded, input_name, means, parts, spread
 from sqjax.texts import Texts
@@ -263,25 +263,13 @@ def load(folder: str | Path) -> tuple[Statistics, dict[str, Any]]:
     return Statistics(**grams, tokens=int(about["tokens"]), windows_WT=windows_WT, **single), about
 
 
-class _Grams(Mapping):
+class _Grams(OnDemand):
     """Grams in files, each read when it is asked for: all of them are ten times the size of the model's file."""
 
     def __init__(self, places: Mapping[str, Path], prefix: str):
-        self._prefix = prefix
-        self._places = {name.removeprefix(prefix): path for name, path in places.items() if name.startswith(prefix)}
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return spectra.read(self._places[name], self._prefix + name)
-
-    def __contains__(self, name: object) -> bool:
-        # That of Mapping would read the Gram.
-        return name in self._places
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
+        own = {name.removeprefix(prefix): path for name, path in places.items() if name.startswith(prefix)}
+        super().__init__(own, lambda name: spectra.read(own[name], prefix + name))
+        self._places, self._prefix = own, prefix
 
     def sizes(self) -> dict[str, int]:
         """Returns the number of rows of every Gram."""

@@ -7,7 +7,7 @@ Source of the table and its transforms: conversion/qwen.py of llama.cpp at 0c1e5
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import safetensors
 
 from sqjax import hub
 from sqjax.config import ModelConfig, is_matrix
-from sqjax.run import InputError
+from sqjax.run import InputError, OnDemand
 from sqjax.tokens import Tokenizer
 
 _SHOWN = 12
@@ -180,28 +180,15 @@ def _exponents_finite(x: np.ndarray) -> bool:
     return bool(magnitude.max(initial=0) < infinity)
 
 
-class HuggingFaceTensors(Mapping):
+def _tensors(config: ModelConfig, stored: Mapping[str, _Stored]) -> OnDemand:
     """The tensors of a Hugging Face checkpoint in GGUF layout, each read and transformed when it is asked for."""
 
-    def __init__(self, config: ModelConfig, stored: Mapping[str, _Stored]):
-        self._config, self._stored, self._shapes = config, stored, config.tensor_shapes()
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self._shapes:
-            raise KeyError(name)
+    def read(name: str) -> np.ndarray:
         key, transform = huggingface_name(name)
-        tensor = transform(self._stored[key].read(), self._config)
+        tensor = transform(stored[key].read(), config)
         return tensor if is_matrix(name, tensor.shape) else tensor.astype(np.float32)
 
-    def __contains__(self, name: object) -> bool:
-        # That of Mapping would read the tensor.
-        return name in self._shapes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
+    return OnDemand(config.tensor_shapes(), read)
 
 
 def load_checkpoint(path_or_hub_id: str | Path, *, revision: str | None = None) -> Checkpoint:
@@ -228,7 +215,7 @@ def load_checkpoint(path_or_hub_id: str | Path, *, revision: str | None = None) 
     tokenizer = _read_tokenizer(folder, config, raw_config)
     return Checkpoint(
         config=config,
-        tensors=HuggingFaceTensors(config, stored),
+        tensors=_tensors(config, stored),
         tokenizer=tokenizer,
         name=name,
         general=_general_metadata(folder, name, config),

@@ -180,7 +180,7 @@ def fitted(config: ModelConfig, settings: Refinement) -> Refinement:
 
 def _room(config: ModelConfig, settings: Refinement, remat: str) -> int:
     """Tokens of a micro-batch whose activations fit on a device, and are within what a micro-batch may take."""
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    limit = meshes.device_memory()
     if limit is None:
         return _UNKNOWN_TOKENS
     # float32 residuals of all layers of both models and the gradients of their errors, the dozen wide arrays of one
@@ -430,7 +430,6 @@ def distill(
                 progress(position.step, run.updates, _note(record, position))
     chosen = best if settings.keep_best else state.student
     harden = jax.jit(functools.partial(harden_student, run.config))
-    chosen = meshes.place(chosen, run.mesh, meshes.rows(chosen, run.mesh))
     return to_host(harden(chosen, run.start)), position
 
 

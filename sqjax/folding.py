@@ -9,7 +9,7 @@ attn_output * s): the model's function stays as it is, what rounding does to it 
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from sqjax.config import READERS, ModelConfig, is_matrix, tensor_name
 from sqjax.equalize import equalizing_scale
 from sqjax.objective import conditional_variance, damp
 from sqjax.q4_k import Q4K, dequantize
+from sqjax.run import OnDemand
 from sqjax.statistics import Statistics
 
 
@@ -32,7 +33,8 @@ def equalize(
     The search takes the expected rounding error under the conditional variance of the damped input Gram, which is what
     an error costs once feedback does its work, and the diagonal of the output Gram.
     """
-    tensors, inputs, outputs = dict(tensors), _Scaled(statistics.inputs), _Scaled(statistics.outputs)
+    tensors, input_scales, output_scales = dict(tensors), {}, {}
+    inputs, outputs = _scaled(statistics.inputs, input_scales), _scaled(statistics.outputs, output_scales)
     for layer, kind in enumerate(config.layer_types):
         name = functools.partial(tensor_name, layer)
         for attributes in READERS[kind]:
@@ -42,7 +44,7 @@ def equalize(
             source, tie_I = _scale_source(config, attributes[0])
             cost_I = conditional_variance(damp(gram_II, damping))
             scale_I = equalizing_scale(readers, cost_I, jnp.asarray(tie_I))
-            inputs.scales[names[0]] = scale_I
+            input_scales[names[0]] = scale_I
             for n, (weight_OI, _) in zip(names, readers):
                 tensors[n] = weight_OI * scale_I[None, :]
             # One column of each tie stands for all of them.
@@ -51,35 +53,23 @@ def equalize(
             writer = name(source)
             if writer in outputs:
                 tensors[writer] = tensors[writer].astype(jnp.float32) * inverse[:, None]
-                outputs.scales[writer] = inverse
+                output_scales[writer] = inverse
             else:
                 tensors[writer] = tensors[writer] * inverse
     return tensors, dataclasses.replace(statistics, inputs=inputs, outputs=outputs)
 
 
-class _Scaled(Mapping):
+def _scaled(grams: Mapping[str, Any], scales: Mapping[str, Array]) -> OnDemand:
     """Grams of channels that were divided by their scales, each computed when it is asked for.
 
     All of them at once are ten times the size of the model's file.
     """
 
-    def __init__(self, grams: Mapping[str, Any]):
-        self.scales: dict[str, Array] = {}
-        self._grams = grams
-
-    def __getitem__(self, name: str) -> Any:
-        gram_II, scale_I = self._grams[name], self.scales.get(name)
+    def scaled(name: str) -> Any:
+        gram_II, scale_I = grams[name], scales.get(name)
         return gram_II if scale_I is None else gram_II / (scale_I[:, None] * scale_I[None, :])
 
-    def __contains__(self, name: object) -> bool:
-        # That of Mapping would read the Gram.
-        return name in self._grams
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._grams)
-
-    def __len__(self) -> int:
-        return len(self._grams)
+    return OnDemand(grams, scaled)
 
 
 def refold(config: ModelConfig, tensors: Mapping[str, Array], file: Mapping[str, Any]) -> Mapping[str, np.ndarray]:
@@ -106,31 +96,15 @@ def refold(config: ModelConfig, tensors: Mapping[str, Array], file: Mapping[str,
                 inverse = np.asarray(new) / np.where(old == 0, 1.0, old)
             scale_I = 1.0 / np.where(inverse == 0, 1.0, inverse)[tie_I]
             columns |= dict.fromkeys(map(name, attributes), scale_I)
-    return _Refolded(config, tensors, file, rows, columns)
 
+    def scaled(name: str) -> np.ndarray:
+        if not is_matrix(name, config.tensor_shapes()[name]):
+            return np.asarray(file[name])
+        weight_OI = np.asarray(tensors[name], np.float32)
+        weight_OI = weight_OI * columns[name][None, :] if name in columns else weight_OI
+        return weight_OI * rows[name][:, None] if name in rows else weight_OI
 
-@dataclasses.dataclass(frozen=True)
-class _Refolded(Mapping):
-    """A checkpoint's matrices under scales of their rows and columns, and a file's vectors."""
-
-    config: ModelConfig
-    tensors: Mapping[str, Array]
-    file: Mapping[str, Any]
-    rows: Mapping[str, np.ndarray]
-    columns: Mapping[str, np.ndarray]
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        if not is_matrix(name, self.config.tensor_shapes()[name]):
-            return np.asarray(self.file[name])
-        weight_OI = np.asarray(self.tensors[name], np.float32)
-        weight_OI = weight_OI * self.columns[name][None, :] if name in self.columns else weight_OI
-        return weight_OI * self.rows[name][:, None] if name in self.rows else weight_OI
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.config.tensor_shapes())
-
-    def __len__(self) -> int:
-        return len(self.config.tensor_shapes())
+    return OnDemand(config.tensor_shapes(), scaled)
 
 
 def _scale_source(config: ModelConfig, reader: str) -> tuple[str, np.ndarray]:

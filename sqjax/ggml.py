@@ -1,7 +1,7 @@
 """What llama.cpp makes of a model: pure Q4_K_M through ggml's own code, without and with an importance matrix."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 from sqjax import calibration, fingerprints, gguf_file, making
 from sqjax.checkpoint import Checkpoint
 from sqjax.fingerprints import UNKNOWN, Seen
-from sqjax.run import InputError, sha256
+from sqjax.run import InputError, OnDemand, sha256
 from sqjax.sources import CALIBRATION_SUITE, Sources, file_facts, open_model, usage
 
 
@@ -62,31 +62,22 @@ def baselines(
         made["seen"] = fingerprints.write_beside(path, seen if matrix else Seen())
         if matrix:
             made |= {"imatrix": Path(imatrix).name, "imatrix_sha256": sha256(imatrix)}
-        rounded = Rounded(checkpoint, matrix)
-        gguf_file.write_gguf(path, checkpoint, rounded, file_type="q4_k", provenance=made)
+        gguf_file.write_gguf(path, checkpoint, rounded(checkpoint, matrix), file_type="q4_k", provenance=made)
         files[name] = {"file": str(path)} | file_facts(path) | {"provenance": made}
     return {"files": files, "imatrix": str(imatrix)} | usage() | {"seconds": time.monotonic() - start}
 
 
-class Rounded(Mapping):
+def rounded(checkpoint: Checkpoint, importance: Mapping[str, np.ndarray]) -> OnDemand:
     """Packed rows of each quantized matrix as ggml rounds them, at each access; a matrix without importance plainly."""
+    shapes = checkpoint.config.tensor_shapes()
+    types = {name: gguf_file.tensor_type(name, shape, "q4_k") for name, shape in shapes.items()}
+    types = {name: kind for name, kind in types.items() if kind.name in ("Q4_K", "Q5_0")}
 
-    def __init__(self, checkpoint: Checkpoint, importance: Mapping[str, np.ndarray]):
-        self._tensors, self._importance = checkpoint.tensors, importance
-        shapes = checkpoint.config.tensor_shapes()
-        types = {name: gguf_file.tensor_type(name, shape, "q4_k") for name, shape in shapes.items()}
-        self._types = {name: kind for name, kind in types.items() if kind.name in ("Q4_K", "Q5_0")}
+    def pack(name: str) -> np.ndarray:
+        weight_OI = np.ascontiguousarray(checkpoint.tensors[name], np.float32)
+        return _quantizer().quantize_rows(weight_OI, types[name], importance.get(name)).view(np.uint8)
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        kind = self._types[name]
-        weight_OI = np.ascontiguousarray(self._tensors[name], np.float32)
-        return _quantizer().quantize_rows(weight_OI, kind, self._importance.get(name)).view(np.uint8)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._types)
-
-    def __len__(self) -> int:
-        return len(self._types)
+    return OnDemand(types, pack)
 
 
 def _check(importance: Mapping[str, np.ndarray], checkpoint: Checkpoint, path: str | Path) -> None:

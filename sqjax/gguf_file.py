@@ -10,7 +10,7 @@ import mmap
 import struct
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from sqjax import gguf_metadata, q4_k, scales
 from sqjax.checkpoint import Checkpoint
 from sqjax.config import ModelConfig, is_matrix
 from sqjax.q4_k import Q4K
-from sqjax.run import InputError, atomic_path, sha256
+from sqjax.run import InputError, OnDemand, atomic_path, sha256
 
 # Rows of one step of conversion: bounds memory where a vocabulary has a quarter of a million rows.
 _ROWS = 1 << 13
@@ -301,25 +301,16 @@ def _parse(data: mmap.mmap) -> Contents:
     return Contents(fields, tensors)
 
 
-class GGUFTensors(Mapping):
+class GGUFTensors(OnDemand):
     """The tensors of a qwen35 GGUF file, decoded at each access; float32 where the type is a quantized one."""
 
     def __init__(self, path: Path, stored: Mapping[str, StoredTensor]):
+        def decode(name: str) -> np.ndarray:
+            tensor = stored[name].decode()
+            return tensor if is_matrix(name, tensor.shape) else tensor.astype(np.float32)
+
+        super().__init__(stored, decode)
         self._path, self._stored = path, stored
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        tensor = self._stored[name].decode()
-        return tensor if is_matrix(name, tensor.shape) else tensor.astype(np.float32)
-
-    def __contains__(self, name: object) -> bool:
-        # That of Mapping would decode the tensor.
-        return name in self._stored
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stored)
-
-    def __len__(self) -> int:
-        return len(self._stored)
 
     @property
     def types(self) -> dict[str, str]:

@@ -60,6 +60,11 @@ def as_first(answer: bool) -> bool:
     return answer if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.bool_(answer)))
 
 
+def device_memory() -> int | None:
+    """Bytes that may be used on each of this host's devices; None where they do not say."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
 def create(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns a mesh of all devices, `model` of them sharing one copy of the parameters.
 

@@ -268,8 +268,7 @@ def _at_once() -> int:
     # Several devices meet in each program, and must do so in one order. On a CPU an interruption should be heeded soon.
     if len(jax.devices()) > 1 or jax.default_backend() == "cpu":
         return 1
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-    return int(np.clip(limit // _BYTES_AT_ONCE, 1, 3))
+    return int(np.clip((meshes.device_memory() or 0) // _BYTES_AT_ONCE, 1, 3))
 
 
 def _side_by_side(tasks: Sequence[Callable[[], Any]], count: int) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""What every stage shares: errors that a user can mend, files that appear whole or not at all, progress."""
+"""What every stage shares: errors that a user can mend, files that appear whole or not, values on demand, progress."""
 
 import contextlib
 import datetime
@@ -11,8 +11,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 MIB = 1 << 20
 _SECONDS_BETWEEN_LINES = 15.0
@@ -74,6 +75,28 @@ def sha256(path: str | Path) -> str:
     """Returns the SHA-256 of a file's content as hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class OnDemand(Mapping):
+    """Values that are read or computed at each access, under names known without: what would not fit at once."""
+
+    def __init__(self, names: Collection[str], read: Callable[[str], Any]):
+        self._names, self._read = names, read
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __contains__(self, name: object) -> bool:
+        # That of Mapping would read the value.
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @contextlib.contextmanager
