@@ -19,6 +19,7 @@ from sqjax import (
     q4_k,
     quantizer,
     refinement,
+    snapshots,
     sources,
     statistics,
 )
@@ -35,7 +36,18 @@ def windows() -> np.ndarray:
     return rows
 
 
-def measure(checkpoint_folder: Path, file: Path, shard: int) -> dict[str, np.ndarray]:
+def comes_back(state, folder: Path) -> None:
+    """A snapshot gives the same bits in the same places, written at once or in pieces."""
+    for small in (snapshots._SMALL, 0):
+        snapshots._SMALL, snapshots._PIECE = small, 10**6
+        with snapshots.snapshots(folder / f"{small}", {"state": state}) as saved:
+            saved.save(1, {"state": state})
+            found, _ = saved.restore({"state": state})
+        for one, other in zip(jax.tree.leaves(found["state"]), jax.tree.leaves(state), strict=True):
+            assert one.sharding == other.sharding and bool(mesh.to_host(jnp.array_equal(one, other)))
+
+
+def measure(checkpoint_folder: Path, file: Path, shard: int, folder: Path) -> dict[str, np.ndarray]:
     """What statistics, one update, a watch and rounding give, as arrays on the host."""
     checkpoint = sources.open_model(checkpoint_folder)
     model = sources.load_model(checkpoint)
@@ -48,9 +60,10 @@ def measure(checkpoint_folder: Path, file: Path, shard: int) -> dict[str, np.nda
     state, loss = run.update(state, *run.batch(0), jnp.float32(1.0), jnp.float32(0.3), jnp.float32(0.8))
     result |= {f"state/{path}": leaf for path, leaf in _leaves(mesh.to_host(state))}
     result |= {"loss": mesh.to_host(loss), "watched": np.float64(run.watch(state.student))}
+    comes_back(state, folder)
 
     run.update(state, *run.batch(1), jnp.float32(1.0), jnp.float32(0.0), jnp.float32(0.8))
-    assert distillation.make_update(checkpoint.config, settings, run.mesh)._cache_size() == 1
+    assert distillation.make_update(run.config, run.settings, run.mesh)._cache_size() == 1
 
     student = sources.load_model(gguf_file.read_gguf(file))
     scores = evaluation.score(model, student, np.maximum(windows(), 0), mesh=mesh.create(shard))
@@ -86,6 +99,6 @@ def _leaves(tree):
 if __name__ == "__main__":
     mesh.connect()
     mesh.create(int(sys.argv[4]))
-    arrays = measure(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[4]))
+    arrays = measure(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[4]), Path(sys.argv[3]).parent)
     if mesh.is_first():
         np.savez(sys.argv[3], **arrays)

@@ -70,14 +70,12 @@ def assert_same(found, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.long
 @pytest.mark.parametrize("shard", [4])
 def test_eight_devices_give_what_one_gives(files, single, tmp_path, shard):
     assert_same(run(files, tmp_path, devices=8, shard=shard), single)
 
 
 @pytest.mark.slow
-@pytest.mark.long
 @pytest.mark.parametrize("shard", [2])
 def test_two_processes_give_what_one_gives(files, single, tmp_path, shard):
     assert_same(run(files, tmp_path, devices=2, processes=2, shard=shard), single)

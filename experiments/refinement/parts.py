@@ -123,7 +123,8 @@ def runs(
         for name in groups:
             yield from (Run(part, label, first, budget, settings) for label, settings in GROUPS[name].items())
     if part == "languages":
-        yield Run(part, "multilingual text three times", first, most, text="languages")
+        for seed in seeds:
+            yield Run(part, f"multilingual text three times, seed {seed}", Start(seed=seed), most, text="languages")
     if part == "chat":
         always = ("batch=8", "keep_best=false", "warmup=4")
         alone = Start(calibration="chat", seed=seeds[0])
