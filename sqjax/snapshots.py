@@ -37,8 +37,8 @@ class _Pieces(ocp.CheckpointHandler):
     """Writes and reads arrays a piece at a time, so that a host holds no more than one of all of them."""
 
     def __init__(self):
-        # Pinned memory is never given back; a transaction would keep what it writes to its end.
-        options = {"use_compression": False, "use_ocdbt": False, "enable_pinned_host_transfer": False}
+        # Pinned memory is never given back.
+        options = {"use_compression": False, "enable_pinned_host_transfer": False}
         self._inner = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**options))
 
     def save(self, directory: Any, args: "_Leaves") -> None:
@@ -46,6 +46,7 @@ class _Pieces(ocp.CheckpointHandler):
             # An array that was fetched keeps its copy on the host for as long as it lives; these do not live on.
             copies = [jnp.copy(leaf) for leaf in piece]
             self._inner.save(directory / f"{number}", args=ocp.args.PyTreeSave(copies))
+            del copies
 
     def restore(self, directory: Any, args: "_Leaves") -> list[jax.Array]:
         pieces = enumerate(_split(args.leaves))

@@ -2,6 +2,7 @@
 
 import itertools
 import types
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,23 @@ def test_arrays_come_back_though_they_were_given_away(tmp_path, monkeypatch, sma
         assert one.sharding == like.sharding
     for one, target in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, target, rtol=1e-6)
+
+
+def test_what_a_piece_took_is_free_before_the_next_is_fetched(tmp_path, monkeypatch):
+    taken, alive = [], []
+
+    def copy(leaf):
+        taken.append(weakref.ref(found := jnp.copy(leaf)))
+        alive.append(sum(reference() is not None for reference in taken))
+        return found
+
+    monkeypatch.setattr(snapshots, "_SMALL", 0)
+    monkeypatch.setattr(snapshots, "_PIECE", 2 * 400)
+    monkeypatch.setattr(snapshots, "jnp", types.SimpleNamespace(copy=copy))
+    state = [jnp.full(100, number, jnp.float32) for number in range(6)]
+    with snapshots.snapshots(tmp_path, {"state": state}) as saved:
+        saved.save(1, {"state": state})
+    assert alive == [1, 2] * 3 and not any(reference() is not None for reference in taken)
 
 
 def test_snapshots_take_a_tenth_of_the_time_at_most(tmp_path, monkeypatch):
