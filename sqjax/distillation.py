@@ -1,6 +1,6 @@
 """The loop of refinement: updates by gradient, a watch that keeps the best state, checkpoints, resumption.
 
-Letters: W windows, A micro-batches of an update, B windows of a micro-batch, T tokens of a window, P pieces of one.
+Letters: W windows, A micro-batches of an update, B windows of a micro-batch, T tokens of a window.
 
 A run folder holds `run.json` (what the run is made of), `checkpoints/` (by Orbax; each has the state, the best student
 and the position) and `metrics.jsonl` (a line an update). The windows of an update depend on the seed and the update
@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Bool, Float, Float32, Int32, Int64
+from jaxtyping import Float, Float32, Int32, Int64
 
 from sqjax import calibration, evaluation
 from sqjax import mesh as meshes
@@ -149,18 +149,11 @@ def residual_grams(
     return [(kinds["ffn_down"]["output"] / sums.tokens).astype(settings.compute_dtype) for kinds in sums.blocks]
 
 
-def pieces_of_pass(seed: int, number: int, is_full_W: Bool[np.ndarray, "W"], pieces: int) -> Int64[np.ndarray, "W P"]:
-    """Indices of the pieces that windows are read as in a pass over all of them, each in an order of its own.
-
-    The first pass reads the windows. Later ones join pieces of those without padding anew: a student that sees a token
-    again behind the same words learns little from it but these words.
-    """
-    generator = np.random.default_rng((seed, number))
-    order = generator.permutation(len(is_full_W))
-    pieces_WP = np.arange(len(is_full_W) * pieces).reshape(-1, pieces)
-    if number:
-        pieces_WP[is_full_W] = generator.permutation(pieces_WP[is_full_W].reshape(-1)).reshape(-1, pieces)
-    return pieces_WP[order]
+def rows_of_update(seed: int, step: int, batch: int, total: int) -> Int64[np.ndarray, "B"]:
+    """Indices of the windows of an update: pass after pass over all of them, each in an order of its own."""
+    passes, places = np.divmod(np.arange(step * batch, (step + 1) * batch), total)
+    orders = {number: np.random.default_rng((seed, int(number))).permutation(total) for number in np.unique(passes)}
+    return np.array([orders[number][place] for number, place in zip(passes, places)])
 
 
 def fitted(config: ModelConfig, settings: Refinement) -> Refinement:
@@ -226,15 +219,15 @@ class Position:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What stays the same in a run; `update` and `watch` are functions on the device, `pieces_of` one of the pass."""
+    """What stays the same in a run; `update` and `watch` are functions on the device."""
 
     config: ModelConfig
     settings: Refinement
+    seed: int
     windows_WT: Int32[np.ndarray, "W T"]
     multiplier_U: Float32[np.ndarray, "U"]
     temperature_U: Float32[np.ndarray, "U"]
     share_U: Float32[np.ndarray, "U"]
-    pieces_of: Callable[[int], Int64[np.ndarray, "W P"]]
     start: Student
     begin: Callable[[], Student]
     mesh: jax.sharding.Mesh
@@ -260,11 +253,8 @@ class Run:
 
     def batch(self, step: int) -> tuple[jax.Array, jax.Array]:
         """Returns tokens and weights [A, B, T] of an update; weights sum to one, those of padding are zero."""
-        total, length = self.windows_WT.shape
-        places = (divmod(place, total) for place in range(step * self.settings.batch, (step + 1) * self.settings.batch))
-        pieces_BP = np.stack([self.pieces_of(number)[place] for number, place in places])
-        rows = self.windows_WT.reshape(-1, length // self.settings.pieces)[pieces_BP]
-        rows = rows.reshape(self.settings.accumulate, -1, length)
+        rows = self.windows_WT[rows_of_update(self.seed, step, self.settings.batch, len(self.windows_WT))]
+        rows = rows.reshape(self.settings.accumulate, -1, rows.shape[-1])
         mask = (rows != PADDING).astype(np.float32)
         batch = (np.maximum(rows, 0), mask / max(float(mask.sum()), 1.0))
         return meshes.place(batch, self.mesh, BY_WINDOW)
@@ -354,12 +344,8 @@ def prepare(
         target = start_of(config, refold(config, checkpoint.tensors, start_tensors(file, config)))
         return jax.jit(functools.partial(initial, displacement=settings.displacement))(start, target)
 
-    @functools.lru_cache(maxsize=2)
-    def pieces_of(number: int) -> Int64[np.ndarray, "W P"]:
-        return pieces_of_pass(seed, number, windows_WT[:, -1] != PADDING, settings.pieces)
-
     schedules = settings.multipliers(updates), settings.temperatures(updates), settings.shares(updates)
-    return Run(config, settings, windows_WT, *schedules, pieces_of, start, begin, mesh, step, watch)
+    return Run(config, settings, seed, windows_WT, *schedules, start, begin, mesh, step, watch)
 
 
 def advance(

@@ -75,7 +75,6 @@ class Refinement:
       displacement: how far u starts from the code towards the weight that was rounded, 1 being all of the way.
       updates: number of updates; 0 for as many as the tokens that were asked for.
       length: tokens of a window.
-      pieces: how many a window is cut into from the second pass over the text on; each pass joins others.
       batch: windows of an update.
       accumulate: micro-batches that an update is summed over; 0 for as few as the device's memory allows.
       chunk: tokens whose logits exist at a time.
@@ -110,7 +109,6 @@ class Refinement:
     displacement: float = 0.6
     updates: int = 0
     length: int = 512
-    pieces: int = 4
     batch: int = 32
     accumulate: int = 0
     chunk: int = 1024
@@ -131,9 +129,7 @@ class Refinement:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"the setting {name} is {getattr(self, name)!r}; choose {', '.join(allowed)}")
-        if self.length % max(self.pieces, 1):
-            raise InputError(f"windows of {self.length} tokens have no {self.pieces} pieces; set pieces to a divisor")
-        for name in ("length", "pieces", "batch", "chunk", "watch_every", "checkpoint_every", "checkpoints", "shard"):
+        for name in ("length", "batch", "chunk", "watch_every", "checkpoint_every", "checkpoints", "shard"):
             if getattr(self, name) < 1:
                 raise InputError(f"the setting {name} is {getattr(self, name)}; it must be at least 1")
         if self.softness and not 0 < self.softness_end <= self.softness:

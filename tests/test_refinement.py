@@ -298,33 +298,11 @@ def test_memory_decides_on_micro_batches_and_what_is_kept(monkeypatch, room, ask
 
 
 def test_every_pass_reads_every_window_once_in_an_order_of_its_own():
-    is_full_W = np.array([True, False, True, True, False, True])
-    passes = np.stack([distillation.pieces_of_pass(5, number, is_full_W, 2) for number in range(4)])
-    assert (np.sort(passes.reshape(4, -1), axis=1) == np.arange(12)).all()
-    assert len({tuple(each.reshape(-1)) for each in passes}) == 4
-    whole = np.arange(12).reshape(6, 2)
-    for number, pieces_WP in enumerate(passes):
-        # Whole are all windows of the first pass, and those with padding in all.
-        kept = {tuple(row) for row in pieces_WP} & {tuple(row) for row in whole}
-        assert kept >= {tuple(row) for row in (whole if number == 0 else whole[~is_full_W])}
-        assert number == 0 or len(kept) < len(whole)
-    assert np.array_equal(passes[3], distillation.pieces_of_pass(5, 3, is_full_W, 2))
-    assert not np.array_equal(passes[0], distillation.pieces_of_pass(6, 0, is_full_W, 2))
-
-
-def test_later_passes_read_the_same_tokens_in_other_windows(run):
-    once = len(run.windows_WT) // run.settings.batch
-    assert len(run.windows_WT) % run.settings.batch == 0
-
-    def read(steps):
-        return np.concatenate([np.asarray(run.batch(step)[0]) for step in steps]).reshape(-1, run.windows_WT.shape[1])
-
-    first, second = read(range(once)), read(range(once, 2 * once))
-    assert np.array_equal(np.sort(first, axis=None), np.sort(second, axis=None))
-    whole = {tuple(np.maximum(row, 0)) for row in run.windows_WT}
-    padded = {tuple(np.maximum(row, 0)) for row in run.windows_WT if row[-1] == distillation.PADDING}
-    assert {tuple(row) for row in first} == whole
-    assert {tuple(row) for row in second} & whole == padded
+    rows = [distillation.rows_of_update(5, step, 4, 6) for step in range(6)]
+    passes = np.concatenate(rows).reshape(4, 6)
+    assert (np.sort(passes, axis=1) == np.arange(6)).all() and len(np.unique(passes, axis=0)) > 1
+    assert np.array_equal(rows[3], distillation.rows_of_update(5, 3, 4, 6))
+    assert not np.array_equal(passes, np.concatenate([distillation.rows_of_update(6, s, 4, 6) for s in range(6)]))
 
 
 @pytest.mark.parametrize("schedule", sorted(refinement.SCHEDULES))
