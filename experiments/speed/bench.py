@@ -122,7 +122,7 @@ def memory() -> dict:
     return host if peak is None else host | {"peak_gib": peak / (1 << 30)}
 
 
-def profile(arguments, name: str, call, top: int = 8) -> None:
+def profile(arguments, name: str, call, top: int = 20) -> None:
     """Reports the kernels that cost most in one call, as shares of the time that the device was busy."""
     import jax
 
