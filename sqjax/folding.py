@@ -60,7 +60,7 @@ def equalize(
 
 
 def _scaled(grams: Mapping[str, Any], scales: Mapping[str, Array]) -> OnDemand:
-    """Grams of channels that were divided by their scales, each computed when it is asked for.
+    """Grams of channels that were divided by their scales, each computed when asked for, by the scales known then.
 
     All of them at once are ten times the size of the model's file.
     """

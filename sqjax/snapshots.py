@@ -52,6 +52,9 @@ class _Pieces(ocp.CheckpointHandler):
         pieces = enumerate(_split(args.leaves))
         return [leaf for n, piece in pieces for leaf in self._inner.restore(directory / f"{n}", args=_restored(piece))]
 
+    def close(self) -> None:
+        self._inner.close()
+
 
 @ocp.args.register_with_handler(_Pieces, for_save=True, for_restore=True)
 @dataclasses.dataclass

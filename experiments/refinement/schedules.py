@@ -19,18 +19,16 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from sqjax import rounding
+from sqjax import refinement, rounding
 from sqjax.latent import harden, latent, weights
 from sqjax.objective import Problem
 from sqjax.q4_k import dequantize
-from sqjax.refinement import Refinement
 
 ROWS, COLUMNS, UPDATES, INPUTS, NOISE = 64, 512, 1000, 64, 3.0
 RATES = (0.0005, 0.001, 0.0015, 0.002, 0.003, 0.0045, 0.0065, 0.009)
 left = 1.0 - np.arange(UPDATES) / UPDATES
-SCHEDULES = {
-    "linear": left,
-    "cosine": 0.5 * (1.0 + np.cos(np.pi * (1.0 - left))),
+# The package's own, and what it does not have.
+SCHEDULES = {name: refinement.SCHEDULES[name](UPDATES)(np.arange(UPDATES)) for name in ("linear", "cosine")} | {
     "square": left**2,
     "cube": left**3,
     "exponential": np.exp(-5.0 * (1.0 - left)),
@@ -52,7 +50,7 @@ def problem(key):
 def refined(key, weight_OI, root_II, start, multiplier_U, rate):
     """The weights after all updates, hardened."""
     values, adam = latent(start, weight_OI, 0.6), optax.scale_by_adam(0.9, 0.99)
-    temperature_U = jnp.asarray(Refinement().temperatures(UPDATES))
+    temperature_U = jnp.asarray(refinement.Refinement().temperatures(UPDATES))
 
     def loss(codes_OI, x_NI, temperature):
         off_OI = weights(dataclasses.replace(values, codes_OI=codes_OI), start, temperature) - weight_OI
