@@ -111,7 +111,9 @@ def requested(config: ModelConfig, mesh: Any, wanted: Mapping[str, Any]) -> Iter
     sizes = dict(wanted)
     stage = sizes.pop("stage")
     if stage == "refinement":
-        yield from programs.refinement(config, mesh, Refinement(remat="blocks", **sizes["settings"]))
+        yield from programs.refinement(
+            config, mesh, Refinement(**{"remat": "blocks", "chunk": 1024} | sizes["settings"])
+        )
     elif stage == "rounding":
         yield from programs.matrix_steps(mesh, tuple(sizes["shape"]), sizes.get("count", 1))
     elif stage == "search":

@@ -57,7 +57,9 @@ PADDING = -1
 _MOST_ROLLBACKS = 6
 # Tokens of a micro-batch: where the device does not say how much memory it has, and below which more of them are worth
 # more than what less recomputation saves.
-_UNKNOWN_TOKENS, _LEAST_TOKENS = 2048, 8192
+_UNKNOWN_TOKENS, _LEAST_TOKENS = 2048, 16384
+# Logits of a chunk at a time: how many where the device does not say, and bytes of each, its slopes and exponentials.
+_UNKNOWN_CHUNK, _LOGITS = 1024, 24
 # Activations of a micro-batch, counted generously: Qwen3.5-0.8B stays under 30 GiB however large the device is.
 _MOST_BYTES = 24 << 30
 # Enough for Grams of a few thousand rows; they only weigh directions.
@@ -157,7 +159,7 @@ def rows_of_update(seed: int, step: int, batch: int, total: int) -> Int64[np.nda
 
 
 def fitted(config: ModelConfig, settings: Refinement) -> Refinement:
-    """Returns the settings with what a device's memory decides: micro-batches, and what the backward pass recomputes.
+    """Returns the settings with what a device's memory decides: chunks, micro-batches, what is computed anew.
 
     Raises:
       InputError: the batch cannot be shared by the devices, or not in so many micro-batches.
@@ -168,6 +170,7 @@ def fitted(config: ModelConfig, settings: Refinement) -> Refinement:
     rows = settings.batch // devices
     if settings.accumulate and rows % settings.accumulate:
         raise InputError(f"{rows} windows a device are no {settings.accumulate} micro-batches; set another number")
+    settings = dataclasses.replace(settings, chunk=settings.chunk or _chunk(config))
     room = {remat: _room(config, settings, remat) for remat in REMATS}
     remat = settings.remat
     if remat == "auto":
@@ -176,6 +179,14 @@ def fitted(config: ModelConfig, settings: Refinement) -> Refinement:
     fits = lambda a: rows % a == 0 and rows // a * settings.length <= room[remat]  # noqa: E731
     accumulate = settings.accumulate or next((a for a in range(1, rows) if fits(a)), rows)
     return dataclasses.replace(settings, accumulate=accumulate, remat=remat)
+
+
+def _chunk(config: ModelConfig) -> int:
+    """Tokens whose logits take a fifth of a device's memory at most; more than 2048 bring nothing."""
+    limit = meshes.device_memory()
+    if limit is None:
+        return _UNKNOWN_CHUNK
+    return next((c for c in (2048, 1024, 512) if 5 * _LOGITS * c * config.vocab_size <= limit), 256)
 
 
 def _room(config: ModelConfig, settings: Refinement, remat: str) -> int:
@@ -195,7 +206,7 @@ def _room(config: ModelConfig, settings: Refinement, remat: str) -> int:
     kept = {"blocks": 0, "between": 2 * projected, "none": 4 * 12 * wide * config.num_hidden_layers}[remat]
     per_token = 4 * (3 * config.num_hidden_layers * config.hidden_size + 24 * wide) + kept
     state = 32 * sum(math.prod(shape) for shape in config.tensor_shapes().values())
-    logits = 24 * settings.chunk * config.vocab_size
+    logits = _LOGITS * settings.chunk * config.vocab_size
     return int(min(0.8 * limit - state - logits, _MOST_BYTES) / per_token)
 
 
@@ -325,7 +336,7 @@ def prepare(
     teacher = Qwen35.from_tensors(config, checkpoint.tensors, dtype=dtype)
     teacher, start = (meshes.place(tree, mesh, meshes.rows(tree, mesh)) for tree in (teacher, start))
     update = make_update(config, settings, mesh)
-    grams = residual_grams(teacher, windows_WT, settings, seed) if settings.shares(updates).any() else []
+    grams = residual_grams(teacher, windows_WT, settings, seed) if settings.reads_stream else []
     grams = meshes.place(grams, mesh, gram_rows(grams, mesh))
     hidden = evaluation.hidden_states(teacher, watched, mesh=mesh)
     materialize = jax.jit(lambda student, start: model_of(config, student, start, dtype))
@@ -361,7 +372,8 @@ def advance(
     warm = min(1.0, (position.step - position.restarted + 1) / max(settings.warmup, 1)) if position.restarted else 1.0
     multiplier = float(run.multiplier_U[position.step]) * position.factor * warm
     temperature = float(run.temperature_U[position.step])
-    pace = (jnp.float32(value) for value in (multiplier, temperature, run.share_U[position.step]))
+    # Placed like all else, or the program that was compiled for shapes and places would not be the one that runs.
+    pace = meshes.place([np.float32(v) for v in (multiplier, temperature, run.share_U[position.step])], run.mesh)
     state, loss = run.update(state, *run.batch(position.step), *pace)
     loss = float(loss)
     position = dataclasses.replace(position, step=position.step + 1)

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Int32
 
-from sqjax import calibration, distillation, fingerprints, gguf_file, run_folder
+from sqjax import calibration, distillation, fingerprints, gguf_file, programs, run_folder
 from sqjax import mesh as meshes
 from sqjax.checkpoint import Checkpoint
 from sqjax.evaluation import Sequences
@@ -210,19 +211,22 @@ def refine(
     chosen = read_settings(Refinement, find_config("refine", "refinement"), settings)
     checkpoint, begin = open_model(model), gguf_file.read_gguf(file)
     sources = [text] if isinstance(text, str | Path) else list(text)
-    windows_WT, prints = calibration.calibration_windows(
-        open_texts(sources, seed=seed), checkpoint.tokenizer, chosen.length, tokens
-    )
+    texts, mesh = open_texts(sources, seed=seed), meshes.create(chosen.shard)
+    update = programs.update(checkpoint.config, mesh, distillation.fitted(checkpoint.config, chosen))
     folder = Path(f"{out}.run" if run is None else run)
     made = {"model": checkpoint.name, "text": [Path(source).name for source in sources], "tokens": tokens}
-    made |= {"start_sha256": sha256(file), "windows_sha256": calibration.digest(windows_WT), "seed": seed}
-    made |= {"settings": dataclasses.asdict(chosen)}
+    made |= {"start_sha256": sha256(file), "seed": seed, "settings": dataclasses.asdict(chosen)}
     before = seen_by(file)
-    windows_WT, watched = watch_of(checkpoint, chosen, windows_WT, before, prints, allow=allow_overlap)
-    if meshes.is_first():
-        run_folder.claim(folder, made, resume=resume)
-    meshes.wait_for_all("claimed")
-    loop = distillation.prepare(checkpoint, begin, windows_WT, watched, settings=chosen, tokens=tokens, seed=seed)
+    with ThreadPoolExecutor(1) as pool:
+        # The update of a large model is compiled for as long as it takes to encode its text.
+        pool.submit(update.compile)
+        windows_WT, prints = calibration.calibration_windows(texts, checkpoint.tokenizer, chosen.length, tokens)
+        made |= {"windows_sha256": calibration.digest(windows_WT)}
+        windows_WT, watched = watch_of(checkpoint, chosen, windows_WT, before, prints, allow=allow_overlap)
+        if meshes.is_first():
+            run_folder.claim(folder, made, resume=resume)
+        meshes.wait_for_all("claimed")
+        loop = distillation.prepare(checkpoint, begin, windows_WT, watched, settings=chosen, tokens=tokens, seed=seed)
     with progress("refining") as report:
         tensors, position = distillation.distill(loop, folder, resume=resume, progress=report)
     if meshes.is_first():

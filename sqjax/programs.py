@@ -119,24 +119,31 @@ def solution(shape: Sequence[int]) -> Q4K:
     return Q4K(*(jax.ShapeDtypeStruct(*each) for each in shapes))
 
 
-def refinement(config: ModelConfig, mesh: Mesh, settings: Refinement) -> Iterator[Program]:
-    """How refinement starts, one update, and the model that is watched; the settings state micro-batches and dtype."""
+def update(config: ModelConfig, mesh: Mesh, settings: Refinement) -> Program:
+    """One update of refinement; the settings are fitted to a device."""
     start = abstract_start(config)
     optimizer = distillation.optimizer_of(settings)
     state = jax.eval_shape(lambda start: (student := initial(start), State(student, optimizer.init(student)))[1], start)
-    trees = [placed(tree, mesh, meshes.rows(tree, mesh)) for tree in (state, start)]
+    state, start = (placed(tree, mesh, meshes.rows(tree, mesh)) for tree in (state, start))
     shape = (settings.accumulate, settings.batch // settings.accumulate, settings.length)
     batches = (_array(mesh, shape, kind, BY_WINDOW) for kind in (jnp.int32, jnp.float32))
     teacher = _model(config, mesh, settings.compute_dtype)
     count, width = config.num_hidden_layers // config.period, config.hidden_size
     grams = [jax.ShapeDtypeStruct((count, width, width), settings.compute_dtype)] * config.period
-    grams = placed(grams, mesh, distillation.gram_rows(grams, mesh))
-    arguments = (trees[0], teacher, trees[1], grams, *batches, *[_array(mesh, ())] * 3)
-    yield Program("refinement", "initial student", jax.jit(initial), (trees[1],))
-    yield Program("refinement", "settled student", jax.jit(settled), (trees[0].student,))
-    yield Program("refinement", "update", distillation.make_update(config, settings, mesh), arguments)
+    grams = placed(grams, mesh, distillation.gram_rows(grams, mesh)) if settings.reads_stream else []
+    arguments = (state, teacher, start, grams, *batches, *[_array(mesh, ())] * 3)
+    return Program("refinement", "update", distillation.make_update(config, settings, mesh), arguments)
+
+
+def refinement(config: ModelConfig, mesh: Mesh, settings: Refinement) -> Iterator[Program]:
+    """How refinement starts, one update, and the model that is watched; the settings state micro-batches and dtype."""
+    step = update(config, mesh, settings)
+    state, _, start, *_ = step.arguments
+    yield Program("refinement", "initial student", jax.jit(initial), (start,))
+    yield Program("refinement", "settled student", jax.jit(settled), (state.student,))
+    yield step
     model = jax.jit(lambda student, start: model_of(config, student, start, settings.compute_dtype))
-    yield Program("refinement", "student's model", model, (trees[0].student, trees[1]))
+    yield Program("refinement", "student's model", model, (state.student, start))
 
 
 def matrix_steps(mesh: Mesh, shape: tuple[int, int], count: int = 1) -> Iterator[Program]:

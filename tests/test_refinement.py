@@ -131,8 +131,9 @@ def direct_loss(student_ND, table_VD, teacher_ND, teacher_table_VD, weight_N):
     return jnp.sum(weight_N * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 24, 64])
-def test_loss_and_gradients_equal_those_of_full_logits(chunk):
+@pytest.mark.parametrize(("chunk", "first"), [(1, 8192), (7, 8192), (24, 8192), (64, 8192), (24, 3)])
+def test_loss_and_gradients_equal_those_of_full_logits(monkeypatch, chunk, first):
+    monkeypatch.setattr(refinement, "_FIRST", first)
     generator = np.random.default_rng(3)
     draw = lambda *shape: jnp.asarray(generator.standard_normal(shape), jnp.float32)  # noqa: E731
     teacher_ND, teacher_table_VD = draw(24, 16), draw(50, 16)
@@ -282,9 +283,9 @@ def test_micro_batches_sum_to_the_batch(tmp_path):
     ("room", "asked", "expected"),
     [
         ({"between": 16384}, {}, ("between", 1)),
-        ({"between": 8192}, {}, ("between", 2)),
         # Too few tokens at a time for what less recomputation would save.
-        ({"between": 4096}, {}, ("blocks", 1)),
+        ({"between": 8192}, {}, ("blocks", 1)),
+        ({"between": 8192, "blocks": 8192}, {}, ("blocks", 2)),
         ({"between": 4096}, {"remat": "between"}, ("between", 4)),
         ({"between": 4096}, {"accumulate": 8}, ("blocks", 8)),
         ({"between": 0, "blocks": 0}, {}, ("blocks", 32)),
@@ -295,6 +296,13 @@ def test_memory_decides_on_micro_batches_and_what_is_kept(monkeypatch, room, ask
     monkeypatch.setattr(distillation, "_room", lambda config, settings, remat: rooms[remat])
     settings = distillation.fitted(None, Refinement(batch=32, length=512, **asked))
     assert (settings.remat, settings.accumulate) == expected
+
+
+@pytest.mark.parametrize(("gib", "expected"), [(None, 1024), (141, 2048), (80, 2048), (32, 1024), (16, 512), (4, 256)])
+def test_memory_decides_on_chunks_of_logits(monkeypatch, gib, expected):
+    monkeypatch.setattr(distillation.meshes, "device_memory", lambda: gib and gib << 30)
+    config = dataclasses.make_dataclass("Config", ["vocab_size"])(248320)
+    assert distillation._chunk(config) == expected
 
 
 def test_every_pass_reads_every_window_once_in_an_order_of_its_own():
@@ -439,6 +447,21 @@ def test_the_command_writes_a_better_file_of_the_same_size(model, q4_k, text, tm
     assert sqjax.refine(model, q4_k, out, resume=True, **options)["sha256"] == result["sha256"]
     with pytest.raises(sqjax.InputError, match="another model, text or setting"):
         sqjax.refine(model, q4_k, out, resume=True, **(options | {"tokens": 2000}))
+
+
+def test_the_update_that_is_compiled_beside_the_text_is_the_one_that_runs(model, q4_k, text, tmp_path, caplog):
+    overrides = [
+        f"{key}={value}" for key, value in (SETTINGS | {"watch": "'heldout'", "updates": 2, "chunk": 40}).items()
+    ]
+    distillation.make_update.cache_clear()
+    # The context manager speaks of the main thread alone.
+    jax.config.update("jax_log_compiles", True)
+    try:
+        sqjax.refine(model, q4_k, tmp_path / "o.gguf", text=text, settings=overrides)
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    compiled = [line.split(" in ")[0] for line in caplog.messages if line.startswith("Finished XLA compilation")]
+    assert compiled.count("Finished XLA compilation of jit(update)") == 1
 
 
 def test_an_unfinished_run_is_not_overwritten(tmp_path):

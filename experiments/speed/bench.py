@@ -373,7 +373,7 @@ def refinement(arguments) -> None:
 
     with Clock() as clock:
         call()
-    seconds = repeat(call, 3.0 if arguments.brief else 0.4 * arguments.seconds, at_most=20)
+    seconds = repeat(call, 3.0 if arguments.brief else 0.4 * arguments.seconds, at_most=10)
     rate = batch * length / seconds
     values = {"tokens_per_second": rate, "ms": seconds * 1e3, "batch": batch, "length": length}
     chosen = {"micro_batches": settings.accumulate, "remat": settings.remat, "chunk": settings.chunk}
