@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +85,12 @@ def collect(
     shard: int = 1,
     chunk: int = 1024,
     names: Sequence[str] = PROJECTIONS,
+    full: Collection[tuple[str, str]] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Sums:
     """Sums Grams of the named projections over windows, each batch shared by all devices of all hosts.
+
+    Of those not in `full`, where it is given, only the diagonals (see `statistics.empty`).
 
     With a `folder`, sums are kept there after every `save_every` batches, but not within `save_seconds` of the last
     time, nor so often that writing takes more than a tenth of the time. A run that was interrupted is resumed: labels
@@ -97,7 +100,7 @@ def collect(
     mesh = meshes.create(shard)
     batch = -(-batch // mesh.size) * mesh.size
     model = meshes.place(model, mesh, meshes.rows(model, mesh))
-    sums = spread(empty(model, names), mesh)
+    sums = spread(empty(model, names, full), mesh)
     total = -(-len(windows_WT) // batch)
     key = jax.random.key(seed)
     like = {"sums": jax.eval_shape(lambda: folded(sums, mesh))}

@@ -5,9 +5,6 @@ Letters: W windows, A micro-batches of an update, B windows of a micro-batch, T 
 A run folder holds `run.json` (what the run is made of), `checkpoints/` (by Orbax; each has the state, the best student
 and the position) and `metrics.jsonl` (a line an update). The windows of an update depend on the seed and the update
 alone, so that a run that was killed goes on to the same bits.
-
-References:
-  Kingma, Ba, Adam: A Method for Stochastic Optimization, 2015.
 """
 
 import contextlib
@@ -23,27 +20,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Float, Float32, Int32, Int64
+from jaxtyping import Float32, Int32
 
-from sqjax import calibration, evaluation
+from sqjax import evaluation
 from sqjax import mesh as meshes
 from sqjax.checkpoint import Checkpoint
 from sqjax.config import ModelConfig, is_matrix
 from sqjax.evaluation import Sequences
 from sqjax.folding import refold
 from sqjax.gguf_file import GGUFTensors
-from sqjax.mesh import BATCH, COPIED, to_host
-from sqjax.model import Qwen35, abstract
+from sqjax.mesh import to_host
+from sqjax.model import Qwen35
 from sqjax.q4_k import Q4K
 from sqjax.refinement import (
-    REMATS,
     Refinement,
     Student,
     harden_student,
     initial,
-    kinds,
-    model_loss,
     model_of,
     settled,
     start_of,
@@ -51,167 +44,10 @@ from sqjax.refinement import (
 from sqjax.run import InputError, interruption
 from sqjax.run_folder import metrics
 from sqjax.snapshots import Snapshots, snapshots
-from sqjax.statistics import PROJECTIONS
+from sqjax.updates import BY_WINDOW, State, fitted, gram_rows, local_forms, make_update, optimizer_of, rows_of_update
 
 PADDING = -1
 _MOST_ROLLBACKS = 6
-# Tokens of a micro-batch: where the device does not say how much memory it has, and below which more of them are worth
-# more than what less recomputation saves.
-_UNKNOWN_TOKENS, _LEAST_TOKENS = 2048, 16384
-# Logits of a chunk at a time: how many where the device does not say, and bytes of each, its slopes and exponentials.
-_UNKNOWN_CHUNK, _LOGITS = 1024, 24
-# Activations of a micro-batch, counted generously: Qwen3.5-0.8B stays under 30 GiB however large the device is.
-_MOST_BYTES = 24 << 30
-# Enough for Grams of a few thousand rows; they only weigh directions.
-_GRAM_WINDOWS = 128
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# An update
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class State:
-    """What an update changes: latent values and Adam's moments, float32."""
-
-    student: Student
-    moments: Any
-
-
-def optimizer_of(settings: Refinement) -> optax.GradientTransformation:
-    """Adam with a rate for each kind of latent value; kinds whose rate is zero keep no moments."""
-    adam = optax.scale_by_adam(settings.beta1, settings.beta2)
-    steps = {
-        kind: optax.chain(adam, optax.scale(-rate)) if rate else optax.set_to_zero()
-        for kind, rate in settings.rates.items()
-    }
-    return optax.multi_transform(steps, kinds)
-
-
-# What a device gets of an update's arguments: rows of matrices, rows of windows, or all.
-BY_WINDOW = jax.P(None, BATCH)
-
-
-def gram_rows(grams: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Returns the specs of `residual_grams`, whose rows are spread as those of the blocks' matrices are."""
-    return meshes.rows({"blocks": grams}, mesh)["blocks"]
-
-
-_SPREAD = (*(meshes.rows,) * 3, gram_rows, *(BY_WINDOW,) * 2, *(COPIED,) * 3)
-
-
-@functools.cache
-def make_update(
-    config: ModelConfig, settings: Refinement, mesh: jax.sharding.Mesh | None = None
-) -> Callable[..., tuple[State, jax.Array]]:
-    """Returns update(state, teacher, start, grams, tokens_ABT, weight_ABT, *pace) -> (state, KL).
-
-    It is jitted. `grams` are those of the residual stream, as `residual_grams` returns them, or none; the pace is the
-    factor on the rates, the temperature of the codes and the share of the stream in the loss. The weights are formed
-    once and gradients summed over micro-batches in float32, and then over devices, before they are pulled back to the
-    latent values; the state's buffers are reused.
-    """
-    optimizer, dtype = optimizer_of(settings), settings.compute_dtype
-    loss_of = functools.partial(model_loss, chunk=settings.chunk, remat=settings.remat)
-
-    def update(state, teacher, start, grams, tokens_ABT, weight_ABT, multiplier, temperature, share):
-        form = lambda student: model_of(config, student, start, dtype, temperature)  # noqa: E731
-        model, pull_back = jax.vjp(form, state.student)
-
-        def add(sums, micro_batch):
-            value_and_grad = jax.value_and_grad(functools.partial(loss_of, share=share), has_aux=True)
-            (_, kl), gradient = value_and_grad(model, teacher, grams, *micro_batch)
-            return jax.tree.map(lambda total, new: total + new.astype(jnp.float32), sums, (kl, gradient)), None
-
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), model)
-        (kl, gradient), _ = jax.lax.scan(add, (jnp.float32(0.0), zeros), (tokens_ABT, weight_ABT))
-        if mesh is not None and mesh.size > 1:
-            kl, gradient = meshes.total((kl, gradient), (COPIED, meshes.rows(abstract(config), mesh)))
-        gradient = jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), gradient, model)
-        # Adam's bias correction raises a float to an integer power.
-        with jax.numpy_dtype_promotion("standard"):
-            changes, moments = optimizer.update(pull_back(gradient)[0], state.moments)
-        student = jax.tree.map(lambda leaf, change: leaf + multiplier * change, state.student, changes)
-        return State(student, moments), kl
-
-    update = meshes.over(mesh, update, _SPREAD, lambda specs: (specs[0], COPIED))
-    return jax.jit(update, donate_argnums=0, compiler_options=meshes.one_order())
-
-
-def residual_grams(
-    teacher: Qwen35, windows_WT: Int32[np.ndarray, "W T"], settings: Refinement, seed: int = 0
-) -> list[Float[jax.Array, "R D D"]]:
-    """Returns the Gram per token of gradients at the residual stream after each block, a stack for each position.
-
-    What `ffn_down` writes is added to the stream: its output Gram is the stream's.
-    """
-    options = {"shard": settings.shard, "chunk": settings.chunk, "seed": seed}
-    sums = calibration.collect(teacher, windows_WT[:_GRAM_WINDOWS], names=("ffn_down",), **options)
-    return [(kinds["ffn_down"]["output"] / sums.tokens).astype(settings.compute_dtype) for kinds in sums.blocks]
-
-
-def rows_of_update(seed: int, step: int, batch: int, total: int) -> Int64[np.ndarray, "B"]:
-    """Indices of the windows of an update: pass after pass over all of them, each in an order of its own."""
-    passes, places = np.divmod(np.arange(step * batch, (step + 1) * batch), total)
-    orders = {number: np.random.default_rng((seed, int(number))).permutation(total) for number in np.unique(passes)}
-    return np.array([orders[number][place] for number, place in zip(passes, places)])
-
-
-def fitted(config: ModelConfig, settings: Refinement) -> Refinement:
-    """Returns the settings with what a device's memory decides: chunks, micro-batches, what is computed anew.
-
-    Raises:
-      InputError: the batch cannot be shared by the devices, or not in so many micro-batches.
-    """
-    devices = len(jax.devices())
-    if settings.batch % devices:
-        raise InputError(f"{settings.batch} windows cannot be shared by {devices} devices; set batch to a multiple")
-    rows = settings.batch // devices
-    if settings.accumulate and rows % settings.accumulate:
-        raise InputError(f"{rows} windows a device are no {settings.accumulate} micro-batches; set another number")
-    settings = dataclasses.replace(settings, chunk=settings.chunk or _chunk(config))
-    room = {remat: _room(config, settings, remat) for remat in REMATS}
-    remat = settings.remat
-    if remat == "auto":
-        asked = rows // (settings.accumulate or rows) * settings.length
-        remat = "between" if room["between"] >= max(asked, min(_LEAST_TOKENS, rows * settings.length)) else "blocks"
-    fits = lambda a: rows % a == 0 and rows // a * settings.length <= room[remat]  # noqa: E731
-    accumulate = settings.accumulate or next((a for a in range(1, rows) if fits(a)), rows)
-    return dataclasses.replace(settings, accumulate=accumulate, remat=remat)
-
-
-def _chunk(config: ModelConfig) -> int:
-    """Tokens whose logits take a fifth of a device's memory at most; more than 2048 bring nothing."""
-    limit = meshes.device_memory()
-    if limit is None:
-        return _UNKNOWN_CHUNK
-    return next((c for c in (2048, 1024, 512) if 5 * _LOGITS * c * config.vocab_size <= limit), 256)
-
-
-def _room(config: ModelConfig, settings: Refinement, remat: str) -> int:
-    """Tokens of a micro-batch whose activations fit on a device, and are within what a micro-batch may take."""
-    limit = meshes.device_memory()
-    if limit is None:
-        return _UNKNOWN_TOKENS
-    # float32 residuals of all layers of both models and the gradients of their errors, the dozen wide arrays of one
-    # block and their gradients, and what is kept of every block.
-    wide = config.intermediate_size + config.hidden_size + config.conv_channels
-    projected = sum(
-        shape[0]
-        for kind in config.layer_types
-        for name, shape in config.block_shapes(kind).items()
-        if name in PROJECTIONS
-    )
-    kept = {"blocks": 0, "between": 2 * projected, "none": 4 * 12 * wide * config.num_hidden_layers}[remat]
-    per_token = 4 * (3 * config.num_hidden_layers * config.hidden_size + 24 * wide) + kept
-    state = 32 * sum(math.prod(shape) for shape in config.tensor_shapes().values())
-    logits = _LOGITS * settings.chunk * config.vocab_size
-    return int(min(0.8 * limit - state - logits, _MOST_BYTES) / per_token)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +75,7 @@ class Run:
     multiplier_U: Float32[np.ndarray, "U"]
     temperature_U: Float32[np.ndarray, "U"]
     share_U: Float32[np.ndarray, "U"]
+    concavity_U: Float32[np.ndarray, "U"]
     start: Student
     begin: Callable[[], Student]
     mesh: jax.sharding.Mesh
@@ -336,17 +173,18 @@ def prepare(
     teacher = Qwen35.from_tensors(config, checkpoint.tensors, dtype=dtype)
     teacher, start = (meshes.place(tree, mesh, meshes.rows(tree, mesh)) for tree in (teacher, start))
     update = make_update(config, settings, mesh)
-    grams = residual_grams(teacher, windows_WT, settings, seed) if settings.reads_stream else []
-    grams = meshes.place(grams, mesh, gram_rows(grams, mesh))
-    hidden = evaluation.hidden_states(teacher, watched, mesh=mesh)
     materialize = jax.jit(lambda student, start: model_of(config, student, start, dtype))
+    # Measured on the file's own model, whose channel scales are those of its codes.
+    forms = local_forms(materialize(jax.jit(initial)(start), start), windows_WT, settings, seed)
+    forms = [meshes.place(form, mesh, rows(form, mesh)) for form, rows in zip(forms, (gram_rows, meshes.rows))]
+    hidden = evaluation.hidden_states(teacher, watched, mesh=mesh)
 
     def watch(student: Student) -> float:
         scores = evaluation.score(teacher, materialize(student, start), watched, hidden=hidden, mesh=mesh)
         return float(scores.kl.astype(np.float64).mean())
 
     def step(state, *rest):
-        return update(state, teacher, start, grams, *rest)
+        return update(state, teacher, start, *forms, *rest)
 
     def begin() -> Student:
         if not settings.softness:
@@ -355,7 +193,10 @@ def prepare(
         target = start_of(config, refold(config, checkpoint.tensors, start_tensors(file, config)))
         return jax.jit(functools.partial(initial, displacement=settings.displacement))(start, target)
 
-    schedules = settings.multipliers(updates), settings.temperatures(updates), settings.shares(updates)
+    schedules = [
+        schedule(updates)
+        for schedule in (settings.multipliers, settings.temperatures, settings.shares, settings.concavities)
+    ]
     return Run(config, settings, seed, windows_WT, *schedules, start, begin, mesh, step, watch)
 
 
@@ -373,7 +214,8 @@ def advance(
     multiplier = float(run.multiplier_U[position.step]) * position.factor * warm
     temperature = float(run.temperature_U[position.step])
     # Placed like all else, or the program that was compiled for shapes and places would not be the one that runs.
-    pace = meshes.place([np.float32(v) for v in (multiplier, temperature, run.share_U[position.step])], run.mesh)
+    pace = multiplier, temperature, run.share_U[position.step], run.concavity_U[position.step]
+    pace = meshes.place([np.float32(value) for value in pace], run.mesh)
     state, loss = run.update(state, *run.batch(position.step), *pace)
     loss = float(loss)
     position = dataclasses.replace(position, step=position.step + 1)

@@ -109,6 +109,12 @@ def stair(value: Array, temperature: Array) -> Array:
     return low + (jax.nn.sigmoid((value - low - 0.5) / temperature) - edge) / (1.0 - 2.0 * edge)
 
 
+def between(value: Array, temperature: Array) -> Array:
+    """Returns f (1 - f) for the part f of the stair above its lower step; zero where the temperature is."""
+    part = stair(value, jnp.where(temperature > 0, temperature, 1.0)) - jnp.floor(value)
+    return jnp.where(temperature > 0, part * (1.0 - part), 0.0)
+
+
 def weights(values: Latent, start: Q4K, temperature: Array | None = None) -> Float32[Array, "*O I"]:
     """Returns the weights of the hardened values, differentiable in the latent ones.
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Int32
 
-from sqjax import calibration, distillation, fingerprints, gguf_file, programs, run_folder
+from sqjax import calibration, distillation, fingerprints, gguf_file, programs, run_folder, updates
 from sqjax import mesh as meshes
 from sqjax.checkpoint import Checkpoint
 from sqjax.evaluation import Sequences
@@ -212,7 +212,7 @@ def refine(
     checkpoint, begin = open_model(model), gguf_file.read_gguf(file)
     sources = [text] if isinstance(text, str | Path) else list(text)
     texts, mesh = open_texts(sources, seed=seed), meshes.create(chosen.shard)
-    update = programs.update(checkpoint.config, mesh, distillation.fitted(checkpoint.config, chosen))
+    update = programs.update(checkpoint.config, mesh, updates.fitted(checkpoint.config, chosen))
     folder = Path(f"{out}.run" if run is None else run)
     made = {"model": checkpoint.name, "text": [Path(source).name for source in sources], "tokens": tokens}
     made |= {"start_sha256": sha256(file), "seed": seed, "settings": dataclasses.asdict(chosen)}

@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from sqjax import distillation, evaluation, quantizer, rounding, statistics
+from sqjax import evaluation, quantizer, rounding, statistics, updates
 from sqjax import mesh as meshes
 from sqjax.config import ModelConfig, is_matrix
-from sqjax.distillation import BY_WINDOW, State
 from sqjax.equalize import equalizing_scale
 from sqjax.mesh import BY_BATCH, COPIED
 from sqjax.model import BLOCKS, Qwen35, abstract
@@ -24,6 +23,7 @@ from sqjax.objective import Problem
 from sqjax.q4_k import Q4K, SUB_BLOCK, SUPER_BLOCK
 from sqjax.refinement import Refinement, Student, initial, model_of, settled, start_of
 from sqjax.scales import search_super_blocks
+from sqjax.updates import BY_WINDOW, State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +110,20 @@ def abstract_start(config: ModelConfig) -> Student:
     return jax.eval_shape(functools.partial(start_of, config), tensors)
 
 
+def abstract_curvature(start: Student) -> Student:
+    """Returns the second derivatives by `updates.local_forms`, without values."""
+
+    def pairs(leaf, count=1):
+        if not isinstance(leaf, Q4K):
+            return None
+        *stack, rows, columns = leaf.shape
+        sides = (*stack, rows, 1), (*stack, 1, columns)
+        return [tuple(jax.ShapeDtypeStruct(side, jnp.float32) for side in sides)] * count
+
+    blocks = [{name: pairs(leaf) for name, leaf in block.items()} for block in start.blocks]
+    return Student(pairs(start.token_embd, 1 + (start.output is None)), blocks, None, pairs(start.output))
+
+
 def solution(shape: Sequence[int]) -> Q4K:
     """Returns a quantized matrix [..., O, I] without values."""
     *rows, columns = shape
@@ -122,7 +136,7 @@ def solution(shape: Sequence[int]) -> Q4K:
 def update(config: ModelConfig, mesh: Mesh, settings: Refinement) -> Program:
     """One update of refinement; the settings are fitted to a device."""
     start = abstract_start(config)
-    optimizer = distillation.optimizer_of(settings)
+    optimizer = updates.optimizer_of(settings)
     state = jax.eval_shape(lambda start: (student := initial(start), State(student, optimizer.init(student)))[1], start)
     state, start = (placed(tree, mesh, meshes.rows(tree, mesh)) for tree in (state, start))
     shape = (settings.accumulate, settings.batch // settings.accumulate, settings.length)
@@ -130,9 +144,11 @@ def update(config: ModelConfig, mesh: Mesh, settings: Refinement) -> Program:
     teacher = _model(config, mesh, settings.compute_dtype)
     count, width = config.num_hidden_layers // config.period, config.hidden_size
     grams = [jax.ShapeDtypeStruct((count, width, width), settings.compute_dtype)] * config.period
-    grams = placed(grams, mesh, distillation.gram_rows(grams, mesh)) if settings.reads_stream else []
-    arguments = (state, teacher, start, grams, *batches, *[_array(mesh, ())] * 3)
-    return Program("refinement", "update", distillation.make_update(config, settings, mesh), arguments)
+    grams = placed(grams, mesh, updates.gram_rows(grams, mesh)) if settings.reads_stream else []
+    curvature = abstract_curvature(start) if settings.reads_curvature else None
+    curvature = placed(curvature, mesh, meshes.rows(curvature, mesh))
+    arguments = (state, teacher, start, grams, curvature, *batches, *[_array(mesh, ())] * 4)
+    return Program("refinement", "update", updates.make_update(config, settings, mesh), arguments)
 
 
 def refinement(config: ModelConfig, mesh: Mesh, settings: Refinement) -> Iterator[Program]:

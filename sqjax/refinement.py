@@ -7,12 +7,17 @@ The student's matrices are latent values (latent.py). Their codes begin soft, on
 that was rounded; the temperature falls until the stair is that of the file, and each code that settles is made good by
 those that have not. Then gradients pass straight through, at the rates that are left.
 
+On a stair alone some codes rest between two values to the end, where chance rounds them and nothing makes good for it.
+So the loss is robbed of more and more of its own curvature in each code: one after the other finds no minimum between
+its values any more, and takes a side while others are soft.
+
 The loss is KL(teacher || student), and for a share of it the error of the residual stream after every block under the
 Gram of the gradients there: the same divergence by a quadratic form, seen where it arises, with less noise.
 
 References:
   Gong et al., Differentiable Soft Quantization, 2019. https://arxiv.org/abs/1908.05033
   Romero et al., FitNets: Hints for Thin Deep Nets, 2015 (errors inside the network). https://arxiv.org/abs/1412.6550
+  Blake, Zisserman, Visual Reconstruction, 1987 (graduated non-convexity).
 """
 
 import dataclasses
@@ -28,10 +33,10 @@ from jaxtyping import Array, Float, Float32, Int
 
 from sqjax.config import ModelConfig, tensor_name
 from sqjax.delta_rule import product
-from sqjax.latent import Latent, harden, latent, settle, weights
+from sqjax.latent import Latent, between, harden, latent, settle, weights
 from sqjax.mesh import whole
 from sqjax.model import BLOCKS, Qwen35
-from sqjax.q4_k import Q4K
+from sqjax.q4_k import Q4K, steps
 from sqjax.run import InputError
 
 # What is trained at a rate of its own; mins go with the scales and dmin with d.
@@ -75,6 +80,7 @@ class Refinement:
       softness_end: temperature at the end of the soft part.
       soft_share: share of the updates in which codes are soft.
       displacement: how far u starts from the code towards the weight that was rounded, 1 being all of the way.
+      concavity: share of the loss's curvature in each code that it is robbed of in the last update; it rises evenly.
       updates: number of updates; 0 for as many as the tokens that were asked for.
       length: tokens of a window.
       batch: windows of an update.
@@ -109,6 +115,7 @@ class Refinement:
     softness_end: float = 0.002
     soft_share: float = 0.9
     displacement: float = 0.6
+    concavity: float = 0.3
     updates: int = 0
     length: int = 512
     batch: int = 32
@@ -139,6 +146,8 @@ class Refinement:
         for name in ("residual_share", "residual_share_end"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"the setting {name} is {getattr(self, name)}; it must be from 0 to 1")
+        if self.concavity < 0:
+            raise InputError(f"the setting concavity is {self.concavity}; it must not be negative")
         if not any(self.rates.values()):
             raise InputError("all rates are zero, so that nothing would be refined; set one of them")
 
@@ -157,6 +166,11 @@ class Refinement:
         """Whether the residual stream is ever in the loss."""
         return bool(self.residual_share or self.residual_share_end)
 
+    @property
+    def reads_curvature(self) -> bool:
+        """Whether the loss is robbed of curvature in soft codes."""
+        return bool(self.concavity and self.softness and self.codes_rate)
+
     def multipliers(self, updates: int) -> Float32[np.ndarray, "U"]:
         """What the rates are multiplied by in each update of a run; the warm-up takes a fifth of it at most."""
         warmup = min(self.warmup, updates // 5)
@@ -173,6 +187,10 @@ class Refinement:
     def shares(self, updates: int) -> Float32[np.ndarray, "U"]:
         """Share of the residual stream in the loss of each update."""
         return np.linspace(self.residual_share, self.residual_share_end, updates, dtype=np.float32)
+
+    def concavities(self, updates: int) -> Float32[np.ndarray, "U"]:
+        """Share of its curvature in each code that the loss is robbed of in each update."""
+        return np.linspace(0.0, self.concavity, updates, dtype=np.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -386,6 +404,29 @@ def model_of(
     tree = _values(lambda leaf, start_leaf: weights(leaf, start_leaf, temperature).astype(dtype), student, start)
     blocks = [BLOCKS[kind](config, stacked) for kind, stacked in zip(config.layer_types[: config.period], tree.blocks)]
     return Qwen35(config, tree.token_embd, blocks, tree.output_norm, tree.output)
+
+
+def indecision(
+    student: Student, start: Student, curvature: Student, temperature: Float32[Array, ""]
+) -> Float32[Array, ""]:
+    """Sum over codes of 1/2 h f (1 - f), in nats, f being how far a code is on its way from one value to the next.
+
+    h is the second derivative of the loss in a code, its weight's times the square of a step: along one code the loss
+    and this are a straight line together. A file's codes have f = 0, so that no file's loss is changed. Each matrix of
+    `curvature` has the second derivative in its weights as pairs ([*, O, 1], [*, 1, I]) whose products are summed; its
+    vectors are None.
+    """
+
+    def one(leaf, start_leaf, pairs):
+        if not isinstance(leaf, Latent):
+            return jnp.float32(0.0)
+        step_OSG1 = jax.lax.stop_gradient(steps(start_leaf)[0])[..., None]
+        second_OI = sum(row_O1 * column_1I for row_O1, column_1I in pairs)
+        between_OI = between(leaf.codes_OI, temperature)
+        blocks = lambda x_OI: x_OI.reshape(*step_OSG1.shape[:-1], -1)  # noqa: E731
+        return 0.5 * jnp.sum(jnp.square(step_OSG1) * blocks(second_OI * between_OI))
+
+    return sum(jax.tree.leaves(jax.tree.map(one, student, start, curvature, is_leaf=_is(Latent))))
 
 
 def harden_student(config: ModelConfig, student: Student, start: Student) -> dict[str, Array | Q4K]:

@@ -11,7 +11,7 @@ memory for any vocabulary); as the table its rows weigh the number of times they
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,8 @@ class Sums:
     """Sums over tokens, in the layout of the model: blocks[p][projection] holds stacks [R, ...] of layers p, p + P, ...
 
     Attributes:
-      blocks: per position in the period, per projection: {"input": [R, I, I] (first of its kind), "output": [R, O, O]}.
+      blocks: per position in the period, per projection: {"input": [R, I, I] (first of its kind), "output": [R, O, O]};
+        [R, I] and [R, O] where only diagonals are summed.
       head_gram_DD: of final hidden states.
       head_weight_V: sum of p_v (1 - p_v).
       lookup_gram_DD: of the gradients with respect to the embedded token.
@@ -58,8 +59,11 @@ class Sums:
     tokens: Float[Array, ""]
 
 
-def empty(model: Qwen35, names: Sequence[str] = PROJECTIONS) -> Sums:
-    """Returns sums of zero for the named projections of a model, and for its embedding."""
+def empty(model: Qwen35, names: Sequence[str] = PROJECTIONS, full: Collection[tuple[str, str]] | None = None) -> Sums:
+    """Returns sums of zero for the named projections of a model, and for its embedding.
+
+    Of what is not in `full`, pairs of a projection and "input" or "output", only the diagonals are kept.
+    """
     config = model.config
     width, vocabulary = config.hidden_size, config.vocab_size
     blocks = []
@@ -69,9 +73,9 @@ def empty(model: Qwen35, names: Sequence[str] = PROJECTIONS) -> Sums:
             if (weight := getattr(block, name, None)) is None:
                 continue
             repeats, rows, columns = weight[...].shape
-            sums[name] = {"output": jnp.zeros((repeats, rows, rows), jnp.float32)}
-            if name not in SHARED_INPUT:
-                sums[name]["input"] = jnp.zeros((repeats, columns, columns), jnp.float32)
+            sizes = {"output": rows} | ({} if name in SHARED_INPUT else {"input": columns})
+            orders = {kind: 2 if full is None or (name, kind) in full else 1 for kind in sizes}
+            sums[name] = {kind: jnp.zeros((repeats, *[size] * orders[kind])) for kind, size in sizes.items()}
         blocks.append(sums)
     square = lambda: jnp.zeros((width, width), jnp.float32)  # noqa: E731
     vector = lambda: jnp.zeros(vocabulary, jnp.float32)  # noqa: E731
@@ -107,7 +111,9 @@ def spread_specs(sums: Sums, mesh: jax.sharding.Mesh) -> Sums:
     """
 
     def spec(gram_OO):
-        return BY_BATCH if gram_OO.shape[-1] % mesh.shape[MODEL] else jax.P(DATA, None, MODEL)
+        *_, rows, columns = gram_OO.shape
+        # Diagonals come in stacks that are not square.
+        return BY_BATCH if rows != columns or columns % mesh.shape[MODEL] else jax.P(DATA, None, MODEL)
 
     return Sums(jax.tree.map(spec, sums.blocks), *(BY_BATCH,) * 5)
 
@@ -147,19 +153,29 @@ def gram(rows_ND: Float[Array, "*N D"]) -> Float[Array, "D D"]:
 
 @jax.custom_vjp
 def observe(accumulators: Mapping[str, Array], x: Array, y: Array) -> Array:
-    """Returns y; the cotangent of `accumulators` is {"input": sum x x^T, "output": sum g g^T}, g the cotangent of y."""
+    """Returns y; the cotangent of `accumulators` is {"input": sum x x^T, "output": sum g g^T}, g the cotangent of y.
+
+    An accumulator that is a vector gets the diagonal alone.
+    """
     return y
 
 
 def _observe_forward(accumulators, x, y):
     # Arrays without elements tell what is to be summed, and how many of its rows are this device's.
-    kinds = {kind: jnp.zeros((total.shape[0], 0)) for kind, total in accumulators.items()}
+    kinds = {kind: jnp.zeros((*total.shape[:-1], 0)) for kind, total in accumulators.items()}
     return y, (kinds, x if "input" in kinds else jnp.zeros((0, *x.shape), x.dtype))
 
 
 def _observe_backward(residuals, cotangent):
     kinds, x = residuals
-    sums = {kind: meshes.share(gram(x if kind == "input" else cotangent), len(kinds[kind])) for kind in kinds}
+
+    def total(kind, like):
+        rows_BTD = x if kind == "input" else cotangent
+        if like.ndim == 1:
+            return jnp.sum(jnp.square(rows_BTD.astype(jnp.float32)), axis=(0, 1))
+        return meshes.share(gram(rows_BTD), len(like))
+
+    sums = {kind: total(kind, like) for kind, like in kinds.items()}
     return sums, jnp.zeros(x.shape if "input" in kinds else x.shape[1:], x.dtype), cotangent
 
 

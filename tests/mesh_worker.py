@@ -22,6 +22,7 @@ from sqjax import (
     snapshots,
     sources,
     statistics,
+    updates,
 )
 from sqjax.config import is_matrix
 
@@ -57,13 +58,13 @@ def measure(checkpoint_folder: Path, file: Path, shard: int, folder: Path) -> di
     settings = refinement.Refinement(**SETTINGS, shard=shard)
     run = distillation.prepare(checkpoint, gguf_file.read_gguf(file), windows(), None, settings=settings)
     state = run.state_of(jax.jit(refinement.initial)(run.start))
-    state, loss = run.update(state, *run.batch(0), jnp.float32(1.0), jnp.float32(0.3), jnp.float32(0.8))
+    state, loss = run.update(state, *run.batch(0), *map(jnp.float32, (1.0, 0.3, 0.8, 0.2)))
     result |= {f"state/{path}": leaf for path, leaf in _leaves(mesh.to_host(state))}
     result |= {"loss": mesh.to_host(loss), "watched": np.float64(run.watch(state.student))}
     comes_back(state, folder)
 
-    run.update(state, *run.batch(1), jnp.float32(1.0), jnp.float32(0.0), jnp.float32(0.8))
-    assert distillation.make_update(run.config, run.settings, run.mesh)._cache_size() == 1
+    run.update(state, *run.batch(1), *map(jnp.float32, (1.0, 0.0, 0.8, 0.2)))
+    assert updates.make_update(run.config, run.settings, run.mesh)._cache_size() == 1
 
     student = sources.load_model(gguf_file.read_gguf(file))
     scores = evaluation.score(model, student, np.maximum(windows(), 0), mesh=mesh.create(shard))

@@ -23,7 +23,7 @@ folding
 quantizer search_space
 studies
 refinement
-variants
+variants updates
 distillation sources
 programs
 aot

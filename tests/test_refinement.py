@@ -10,11 +10,12 @@ import tomllib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from random_checkpoint import RUNNABLE, write
 
 import sqjax
-from sqjax import distillation, latent, refinement, run_folder, scales, sources
+from sqjax import calibration, distillation, latent, programs, refinement, run_folder, scales, sources, updates
 from sqjax.checkpoint import load_checkpoint
 from sqjax.evaluation import Sequences
 from sqjax.gguf_file import read_gguf, write_gguf
@@ -120,6 +121,71 @@ def test_gradients_are_those_of_the_equation_at_the_rounded_values():
     close(found.dmin_OS, -np.asarray(q.dmin_OS, np.float32) * (m * slope.sum(-1)).sum(-1))
 
 
+def alone(leaf):
+    """A student of one matrix, or what belongs to it."""
+    return refinement.Student(leaf, [], None, None)
+
+
+def test_along_a_code_the_loss_and_its_indecision_are_a_straight_line():
+    q, rng = random_q4k(), np.random.default_rng(3)
+    row_O, column_I = (jnp.asarray(rng.uniform(0.5, 2.0, size), jnp.float32) for size in q.shape)
+    values = latent.latent(q)
+    target_OI = dequantize(q) + 0.1 * jnp.asarray(rng.standard_normal(q.shape), jnp.float32)
+    pairs = [(0.25 * row_O[:, None], column_I[None, :]), (0.75 * row_O[:, None], column_I[None, :])]
+
+    def both(temperature, u):
+        moved = dataclasses.replace(values, codes_OI=values.codes_OI.at[2, 100].set(u))
+        off_OI = latent.weights(moved, q, temperature) - target_OI
+        loss = 0.5 * jnp.sum(row_O[:, None] * column_I[None, :] * jnp.square(off_OI))
+        part = latent.stair(u, temperature) - jnp.floor(u)
+        return part, loss, refinement.indecision(alone(moved), alone(q), alone(pairs), temperature)
+
+    for temperature in (jnp.float32(0.3), jnp.float32(0.05)):
+        part, loss, indecision = jax.vmap(functools.partial(both, temperature))(5.0 + jnp.linspace(0.0, 0.999, 9))
+        line = np.polyfit(part, loss + indecision - loss[0], 1)
+        scale = float(jnp.max(indecision))
+        assert scale > 0 and indecision[0] == 0
+        np.testing.assert_allclose(np.polyval(line, part), loss + indecision - loss[0], atol=1e-2 * scale)
+    assert refinement.indecision(alone(values), alone(q), alone(pairs), jnp.float32(0.3)) == 0
+    slopes = jax.grad(refinement.indecision)(alone(moved(values, 0.3)), alone(q), alone(pairs), jnp.float32(0.0))
+    assert not any(bool(jnp.any(leaf)) for leaf in jax.tree.leaves(slopes))
+
+
+def test_codes_that_must_take_sides_make_good_for_each_other():
+    """Under a known Gram, with its exact gradients: the hardened error falls by a twentieth at least."""
+    rng = np.random.default_rng(4)
+    weight_OI = jnp.asarray(rng.standard_normal((16, 256)), jnp.float32)
+    turn_II = np.linalg.qr(rng.standard_normal((256, 256)))[0]
+    gram_II = jnp.asarray((turn_II * np.arange(1.0, 257.0) ** -0.7) @ turn_II.T, jnp.float32)
+    start = jax.tree.map(jnp.asarray, scales.round_to_nearest(np.asarray(weight_OI)))
+    settings = Refinement(concavity=1.0)
+    pairs = [(jnp.full((16, 1), 2.0), jnp.diagonal(gram_II)[None, :])]
+    cost = lambda off_OI: jnp.sum((off_OI @ gram_II) * off_OI)  # noqa: E731
+    paces = [schedule(400) for schedule in (settings.multipliers, settings.temperatures, settings.concavities)]
+
+    @jax.jit
+    def refined(concavity):
+        def loss(values, temperature, share):
+            off_OI = latent.weights(values, start, temperature) - weight_OI
+            between = refinement.indecision(*map(alone, (values, start, pairs)), temperature)
+            return cost(off_OI) + concavity * share * between
+
+        def update(state, pace):
+            values, moments = state
+            slopes = jax.grad(loss)(values, *pace[1:])
+            changes, moments = adam.update(slopes, moments)
+            codes_OI = values.codes_OI - 0.003 * pace[0] * changes.codes_OI
+            return (dataclasses.replace(values, codes_OI=codes_OI), moments), None
+
+        values, adam = latent.latent(start, weight_OI, 0.6), optax.scale_by_adam(0.5, 0.99)
+        (values, _), _ = jax.lax.scan(update, (values, adam.init(values)), tuple(paces))
+        return cost(dequantize(latent.harden(values, start)) - weight_OI)
+
+    with jax.numpy_dtype_promotion("standard"):
+        without, robbed = refined(0.0), refined(1.0)
+    assert robbed < 0.95 * without < 0.95 * cost(dequantize(start) - weight_OI)
+
+
 # ---- the loss
 
 
@@ -155,7 +221,7 @@ def stream(x_BTD, _):
 
 def test_residual_loss_is_where_the_divergence_of_a_disturbed_stream_begins(teacher, windows):
     """KL(teacher || disturbed) -> 1/2 e^T G e for one small e at every token after the last block."""
-    grams = distillation.residual_grams(teacher, windows, Refinement(chunk=64))
+    grams, _ = updates.local_forms(teacher, windows, Refinement(chunk=64))
     hidden_BTD, streams = teacher.trunk(teacher.embed(windows), after=stream)
     stream_BTD = streams[-1][-1]
     error_D = 1e-3 * jnp.asarray(np.random.default_rng(6).standard_normal(stream_BTD.shape[-1]), jnp.float32)
@@ -167,6 +233,22 @@ def test_residual_loss_is_where_the_divergence_of_a_disturbed_stream_begins(teac
     off_BTD = jnp.broadcast_to(error_D[None, None], stream_BTD.shape)
     # The Gram is of labels that were drawn, once for each of 4,096 tokens.
     np.testing.assert_allclose(refinement.residual_loss(off_BTD, grams[-1][-1], weight_BT), kl, rtol=0.1)
+
+
+def test_second_derivatives_are_the_diagonals_of_both_grams(teacher, windows):
+    _, curvature = updates.local_forms(teacher, windows[:16], Refinement(chunk=64))
+    sums = calibration.collect(teacher, windows[:16], chunk=64)
+    tokens = float(sums.tokens)
+    kinds = sums.blocks[0]
+    for name, reads in (("attn_gate", "attn_qkv"), ("ffn_up", "ffn_gate"), ("ffn_down", "ffn_down")):
+        ((row, column),) = curvature.blocks[0][name]
+        expected = [np.diagonal(x, axis1=-2, axis2=-1) / tokens for x in (kinds[name]["output"], kinds[reads]["input"])]
+        np.testing.assert_allclose(row[..., 0], expected[0], rtol=1e-4)
+        np.testing.assert_allclose(column[..., 0, :], expected[1], rtol=1e-4)
+    assert curvature.blocks[0]["attn_norm"] is None and len(curvature.token_embd) == 2
+    assert programs.abstract_curvature(programs.abstract_start(teacher.config)) == jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), curvature
+    )
 
 
 def test_the_gradient_of_residual_loss_is_that_of_the_form():
@@ -182,7 +264,7 @@ def test_the_gradient_of_residual_loss_is_that_of_the_form():
 
 def test_the_share_mixes_the_two_losses(teacher, windows):
     student = jax.tree.map(lambda leaf: 1.01 * leaf, teacher)
-    grams = distillation.residual_grams(teacher, windows[:8], Refinement(chunk=64))
+    grams, _ = updates.local_forms(teacher, windows[:8], Refinement(chunk=64))
     loss_of = functools.partial(refinement.model_loss, student, teacher, grams, windows[:4], chunk=48)
     weight_BT = jnp.full((4, windows.shape[1]), 0.01)
     losses, kls = np.transpose([loss_of(weight_BT, share=share) for share in (0.0, 0.25, 1.0)])
@@ -272,7 +354,7 @@ def test_micro_batches_sum_to_the_batch(tmp_path):
     for accumulate in (1, 2):
         run = prepared(tmp_path / "single", tmp_path / "single.gguf", accumulate=accumulate)
         state, loss = run.update(
-            run.state_of(refinement.initial(run.start)), *run.batch(0), *map(jnp.float32, (0.0, 0.0, 0.8))
+            run.state_of(refinement.initial(run.start)), *run.batch(0), *map(jnp.float32, (0.0, 0.0, 0.8, 0.2))
         )
         results.append((loss, jax.tree.leaves(state.moments)))
     for two, one in zip(*map(jax.tree.leaves, results), strict=True):
@@ -293,24 +375,24 @@ def test_micro_batches_sum_to_the_batch(tmp_path):
 )
 def test_memory_decides_on_micro_batches_and_what_is_kept(monkeypatch, room, asked, expected):
     rooms = {"blocks": 65536, "none": 0} | room
-    monkeypatch.setattr(distillation, "_room", lambda config, settings, remat: rooms[remat])
-    settings = distillation.fitted(None, Refinement(batch=32, length=512, **asked))
+    monkeypatch.setattr(updates, "_room", lambda config, settings, remat: rooms[remat])
+    settings = updates.fitted(None, Refinement(batch=32, length=512, **asked))
     assert (settings.remat, settings.accumulate) == expected
 
 
 @pytest.mark.parametrize(("gib", "expected"), [(None, 1024), (141, 2048), (80, 2048), (32, 1024), (16, 512), (4, 256)])
 def test_memory_decides_on_chunks_of_logits(monkeypatch, gib, expected):
-    monkeypatch.setattr(distillation.meshes, "device_memory", lambda: gib and gib << 30)
+    monkeypatch.setattr(updates.meshes, "device_memory", lambda: gib and gib << 30)
     config = dataclasses.make_dataclass("Config", ["vocab_size"])(248320)
-    assert distillation._chunk(config) == expected
+    assert updates._chunk(config) == expected
 
 
 def test_every_pass_reads_every_window_once_in_an_order_of_its_own():
-    rows = [distillation.rows_of_update(5, step, 4, 6) for step in range(6)]
+    rows = [updates.rows_of_update(5, step, 4, 6) for step in range(6)]
     passes = np.concatenate(rows).reshape(4, 6)
     assert (np.sort(passes, axis=1) == np.arange(6)).all() and len(np.unique(passes, axis=0)) > 1
-    assert np.array_equal(rows[3], distillation.rows_of_update(5, 3, 4, 6))
-    assert not np.array_equal(passes, np.concatenate([distillation.rows_of_update(6, s, 4, 6) for s in range(6)]))
+    assert np.array_equal(rows[3], updates.rows_of_update(5, 3, 4, 6))
+    assert not np.array_equal(passes, np.concatenate([updates.rows_of_update(6, s, 4, 6) for s in range(6)]))
 
 
 @pytest.mark.parametrize("schedule", sorted(refinement.SCHEDULES))
@@ -346,7 +428,7 @@ def test_a_run_with_soft_codes_lowers_the_divergence_and_is_resumed_to_the_same_
     run = prepared(model, q4_k, softness=0.3, soft_share=0.5)
     assert (run.temperature_U[:6] > 0).all() and not run.temperature_U[6:].any()
     # Half way to the weights the model is nearer to its teacher than any file of these scales could be.
-    _, loss = run.update(run.state_of(run.begin()), *run.batch(0), *map(jnp.float32, (0.0, 0.3, 0.8)))
+    _, loss = run.update(run.state_of(run.begin()), *run.batch(0), *map(jnp.float32, (0.0, 0.3, 0.8, 0.2)))
     assert float(loss) < 0.5 * run.watch(refinement.initial(run.start))
 
     def kill(done, total, note=""):
@@ -453,7 +535,7 @@ def test_the_update_that_is_compiled_beside_the_text_is_the_one_that_runs(model,
     overrides = [
         f"{key}={value}" for key, value in (SETTINGS | {"watch": "'heldout'", "updates": 2, "chunk": 40}).items()
     ]
-    distillation.make_update.cache_clear()
+    updates.make_update.cache_clear()
     # The context manager speaks of the main thread alone.
     jax.config.update("jax_log_compiles", True)
     try:

@@ -346,9 +346,10 @@ def refinement(arguments) -> None:
     import jax.numpy as jnp
 
     from sqjax import mesh as meshes
-    from sqjax.distillation import BY_WINDOW, State, fitted, make_update, optimizer_of
+    from sqjax.programs import abstract_curvature
     from sqjax.refinement import Refinement, initial
     from sqjax.settings import build, parse_overrides
+    from sqjax.updates import BY_WINDOW, State, fitted, make_update, optimizer_of
 
     config = config_of(arguments.shape)
     length, _, _, batch = SIZES[arguments.shape]
@@ -361,14 +362,15 @@ def refinement(arguments) -> None:
     teacher = meshes.place(random_model(config, settings.compute_dtype), mesh)
     tokens = random_tokens(config, settings.accumulate, batch // settings.accumulate, length)
     weight = jnp.full(tokens.shape, 1.0 / tokens.size)
-    rest = (*meshes.place((tokens, weight), mesh, BY_WINDOW), *map(jnp.float32, (1.0, 0.3, 0.8)))
+    rest = (*meshes.place((tokens, weight), mesh, BY_WINDOW), *map(jnp.float32, (1.0, 0.3, 0.8, 0.2)))
     update = make_update(config, settings, mesh)
     count, width = config.num_hidden_layers // config.period, config.hidden_size
     gram_RDD = jnp.broadcast_to(jnp.eye(width, dtype=settings.compute_dtype), (count, width, width))
-    grams = meshes.place([gram_RDD] * config.period, mesh)
+    curvature = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), abstract_curvature(start))
+    forms = meshes.place(([gram_RDD] * config.period, curvature), mesh)
 
     def call():
-        state["state"], loss = update(state["state"], teacher, start, grams, *rest)
+        state["state"], loss = update(state["state"], teacher, start, *forms, *rest)
         loss.block_until_ready()
 
     with Clock() as clock:
