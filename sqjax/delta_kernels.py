@@ -46,9 +46,12 @@ _PREPARE, _RECUR, _BACKWARD = (4, 1), (4, 2), (4, 1)
 
 def serve(dim: int, chunk: int, dtype) -> bool:
     """Whether the kernels compute the delta rule of such heads, chunks and factors on the default device, a Hopper."""
-    if triton is None or (dim, chunk, jnp.dtype(dtype)) != (DIM, CHUNK, jnp.bfloat16):
-        return False
-    return capability() == 9.0
+    return chunk == CHUNK and serve_heads(dim, dtype)
+
+
+def serve_heads(dim: int, dtype) -> bool:
+    """Whether kernels for heads of this size and type run on the default device, a Hopper."""
+    return triton is not None and (dim, jnp.dtype(dtype)) == (DIM, jnp.bfloat16) and capability() == 9.0
 
 
 def capability() -> float:
@@ -100,7 +103,7 @@ def _forward(qkv, total_BHT, beta_BHT, state, interpret):
 # Calls
 
 
-def _call(kernel, grid, inputs, outputs, how, interpret):
+def kernel_call(kernel, grid, inputs, outputs, how, interpret):
     """Calls a kernel; inputs are (array, spec), outputs (shape, dtype, spec), `how` is its warps and stages."""
     return pl.pallas_call(
         kernel,
@@ -110,7 +113,7 @@ def _call(kernel, grid, inputs, outputs, how, interpret):
         out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs],
         compiler_params=triton.CompilerParams(num_warps=how[0], num_stages=how[1]),
         interpret=interpret,
-        name=kernel.__name__,
+        name=getattr(kernel, "func", kernel).__name__,
     )(*(array for array, _ in inputs))
 
 
@@ -153,7 +156,7 @@ def _prepared(qkv, total_BHT, beta_BHT, keep, interpret):
     inputs = [*_views(qkv, heads), (total_BHT, _SCALARS), (beta_BHT, _SCALARS)]
     outputs = [(tokens, qkv.dtype, _tokens(heads))] * 3 + [(square, qkv.dtype, _SQUARES)]
     outputs += [(square, jnp.float32, _SQUARES)] * keep
-    return _call(_prepare_kernel, (heads, time // CHUNK, batch), inputs, outputs, _PREPARE, interpret)
+    return kernel_call(_prepare_kernel, (heads, time // CHUNK, batch), inputs, outputs, _PREPARE, interpret)
 
 
 def _run(qkv, fresh, recall, read, attend_BHTC, total_BHT, state, keep, interpret):
@@ -167,7 +170,7 @@ def _run(qkv, fresh, recall, read, attend_BHTC, total_BHT, state, keep, interpre
     inputs += [(attend_BHTC, squares), (total_BHT, totals), (state, _some_columns(DIM))]
     outputs = [(fresh.shape, jnp.float32, columns), (state.shape, jnp.float32, _some_columns(DIM))]
     outputs += [((batch, heads, chunks, DIM, DIM), fresh.dtype, _some_columns(chunks, DIM))] * keep
-    found = _call(_recur_kernel, (DIM // _COLUMNS, heads, batch), inputs, outputs, _RECUR, interpret)
+    found = kernel_call(_recur_kernel, (DIM // _COLUMNS, heads, batch), inputs, outputs, _RECUR, interpret)
     return (*found, None)[:3]
 
 
@@ -261,12 +264,12 @@ def _backward(interpret, saved, grads):
     tokens, scalars = (fresh.shape, qkv.dtype, spec), (total_BHT.shape, jnp.float32, _SCALARS)
     inputs = [q, k, (fresh, spec), (recall, spec), (grad_out, spec)]
     inputs += [(starts_BHNEE, _STATES), (ends_BHNEE, _STATES), (total_BHT, _SCALARS)]
-    grad_q, *partial = _call(_read_back_kernel, grid, inputs, [tokens] * 4 + [scalars], _BACKWARD, interpret)
+    grad_q, *partial = kernel_call(_read_back_kernel, grid, inputs, [tokens] * 4 + [scalars], _BACKWARD, interpret)
 
     inputs = [k, v, (inverse_BHTC, _SQUARES), (total_BHT, _SCALARS), (beta_BHT, _SCALARS)]
     inputs += [*((x, spec) for x in partial[:3]), (partial[3], _SCALARS)]
     outputs = [tokens] * 2 + [scalars] * 2
-    grad_k, grad_v, *grad_scalars = _call(_prepare_back_kernel, grid, inputs, outputs, _BACKWARD, interpret)
+    grad_k, grad_v, *grad_scalars = kernel_call(_prepare_back_kernel, grid, inputs, outputs, _BACKWARD, interpret)
     keys = (qkv.shape[2] - heads) // 2
     if heads > keys:
         grouped = (x.reshape(batch, time, -1, keys, DIM).astype(jnp.float32) for x in (grad_q, grad_k))
@@ -289,7 +292,7 @@ def _run_back(qkv, recall, read, grad_out, total_BHT, grad_last, interpret):
         ((batch, heads, chunks, DIM, DIM), recall.dtype, _some_columns(chunks, DIM)),
         (grad_last.shape, jnp.float32, _some_columns(DIM)),
     ]
-    return _call(_recur_back_kernel, (DIM // _COLUMNS, heads, batch), inputs, outputs, _RECUR, interpret)
+    return kernel_call(_recur_back_kernel, (DIM // _COLUMNS, heads, batch), inputs, outputs, _RECUR, interpret)
 
 
 def _recur_back_kernel(k_ref, recall_ref, read_ref, grad_out_ref, total_ref, grad_last_ref, ends_ref, grad_state_ref):

@@ -27,7 +27,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from sqjax import delta_rule
+from sqjax import conv_kernels, delta_rule
 from sqjax.config import FULL, LINEAR, ModelConfig, is_matrix, tensor_name
 from sqjax.delta_kernels import capability
 from sqjax.delta_rule import product
@@ -115,10 +115,12 @@ class LinearBlock(Block):
         beta_BTH = jax.nn.sigmoid(self.project("ssm_beta", x_BTD, probe, jnp.float32))
         log_decay_BTH = self.ssm_a[...][None, None] * jax.nn.softplus(alpha_BTH + self.ssm_dt[...][None, None])
 
-        qkv_BTC = jax.nn.silu(_causal_conv(qkv_BTC, self.ssm_conv1d[...]))
         # One array until it is narrow: what the kernels of the delta rule read without copies.
         qkv_BTHE = qkv_BTC.reshape(batch, time, 2 * keys + values, -1)
-        qkv_BTHE = _unit_heads(qkv_BTHE, 2 * keys, config.rms_norm_eps).astype(self.dtype)
+        weight_WHE = self.ssm_conv1d[...].T.reshape(-1, *qkv_BTHE.shape[2:])
+        kernels = conv_kernels.serve(qkv_BTHE.shape[-1], qkv_BTHE.dtype)
+        mixed = conv_kernels.heads if kernels else plain_heads
+        qkv_BTHE = mixed(qkv_BTHE, weight_WHE, 2 * keys, config.rms_norm_eps)
         q, k, v = jnp.split(qkv_BTHE, (keys, 2 * keys), axis=2)
         out_BTHE, _ = delta_rule.chunked(q, k, v, log_decay_BTH, beta_BTH, dtype=self.dtype)
         out_BTHE = rms_norm(out_BTHE, self.ssm_norm[...], config.rms_norm_eps)
@@ -359,19 +361,20 @@ def _rotate(x_BTHE: Float[Array, "B T H E"], config: ModelConfig) -> Float[Array
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
-def _causal_conv(x_BTC: Float[Array, "B T C"], weight_CW: Float[Array, "C W"]) -> Float[Array, "B T C"]:
-    """Convolves each channel with its own few weights, the last of which meets the present token, in float32."""
-    time, width = x_BTC.shape[1], weight_CW.shape[1]
-    x_BTC = jnp.pad(x_BTC.astype(jnp.float32), ((0, 0), (width - 1, 0), (0, 0)))
+def plain_heads(
+    x_BTHE: Float[Array, "B T H E"], weight_WHE: Float[Array, "W H E"], unit: int, eps: float
+) -> Float[Array, "B T H E"]:
+    """Convolves each channel over time, applies SiLU and scales the first `unit` heads to unit norm, in float32.
+
+    Each channel has its own few weights, the last of which meets the present token; the result has the dtype of x.
+    """
+    time, width = x_BTHE.shape[1], len(weight_WHE)
+    padded_BTHE = jnp.pad(x_BTHE.astype(jnp.float32), ((0, 0), (width - 1, 0), (0, 0), (0, 0)))
     # A sum of shifted products fuses into one pass on every backend; a grouped convolution does not.
-    return sum(x_BTC[:, lag : lag + time] * weight_CW[None, None, :, lag] for lag in range(width))
-
-
-def _unit_heads(x_BTHE: Float[Array, "B T H E"], count: int, eps: float) -> Float[Array, "B T H E"]:
-    """Scales the first `count` heads of every token to unit norm and leaves the others."""
-    scale_BTH1 = jax.lax.rsqrt(jnp.sum(jnp.square(x_BTHE), axis=-1, keepdims=True) + eps)
-    scaled_H = jnp.arange(x_BTHE.shape[2]) < count
-    return x_BTHE * jnp.where(scaled_H[None, None, :, None], scale_BTH1, 1.0)
+    s_BTHE = jax.nn.silu(sum(padded_BTHE[:, lag : lag + time] * weight_WHE[lag][None, None] for lag in range(width)))
+    scale_BTH1 = jax.lax.rsqrt(jnp.sum(jnp.square(s_BTHE), axis=-1, keepdims=True) + eps)
+    first_H = jnp.arange(x_BTHE.shape[2]) < unit
+    return (s_BTHE * jnp.where(first_H[None, None, :, None], scale_BTH1, 1.0)).astype(x_BTHE.dtype)
 
 
 def _checked(name: str, array, shape: tuple[int, ...]):

@@ -8,7 +8,7 @@ import sqjax
 LAYERS = """
 run
 display run_folder spectra delta_kernels
-config q4_k delta_rule texts settings mesh buckets
+config q4_k delta_rule conv_kernels texts settings mesh buckets
 least_squares
 tokens scales objective latent hub
 rounding equalize fingerprints snapshots
