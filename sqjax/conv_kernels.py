@@ -18,15 +18,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from sqjax.delta_kernels import DIM, kernel_call, serve_heads
+from sqjax.delta_kernels import DIM, kernel_call
 
 # Tokens of a tile; warps and stages of a program.
 _TILE, _HOW = 64, (4, 1)
-
-
-def serve(dim: int, dtype) -> bool:
-    """Whether the kernels compute heads of this size and type on the default device, a Hopper."""
-    return serve_heads(dim, dtype)
 
 
 def heads(

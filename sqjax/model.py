@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int
 
 from sqjax import conv_kernels, delta_rule
 from sqjax.config import FULL, LINEAR, ModelConfig, is_matrix, tensor_name
-from sqjax.delta_kernels import capability
+from sqjax.delta_kernels import capability, serve_heads
 from sqjax.delta_rule import product
 from sqjax.mesh import whole
 from sqjax.run import InputError
@@ -118,8 +118,7 @@ class LinearBlock(Block):
         # One array until it is narrow: what the kernels of the delta rule read without copies.
         qkv_BTHE = qkv_BTC.reshape(batch, time, 2 * keys + values, -1)
         weight_WHE = self.ssm_conv1d[...].T.reshape(-1, *qkv_BTHE.shape[2:])
-        kernels = conv_kernels.serve(qkv_BTHE.shape[-1], qkv_BTHE.dtype)
-        mixed = conv_kernels.heads if kernels else plain_heads
+        mixed = conv_kernels.heads if serve_heads(qkv_BTHE.shape[-1], qkv_BTHE.dtype) else plain_heads
         qkv_BTHE = mixed(qkv_BTHE, weight_WHE, 2 * keys, config.rms_norm_eps)
         q, k, v = jnp.split(qkv_BTHE, (keys, 2 * keys), axis=2)
         out_BTHE, _ = delta_rule.chunked(q, k, v, log_decay_BTH, beta_BTH, dtype=self.dtype)

@@ -267,9 +267,9 @@ def residual_loss(
 ) -> Float32[Array, ""]:
     """Sum over tokens of weight_BT 1/2 e^T G e for errors e of the residual stream after a block, in nats.
 
-    G is the Gram of the gradients there of log-likelihoods of labels that the teacher draws, its Fisher information:
-    KL(teacher || student) begins as this form. Its gradient, G e, is formed with it, in the type of G; G and the
-    weights have none.
+    G is the Gram of the gradients there of log-likelihoods of labels that the model itself draws, in a run that of the
+    file at its start: its Fisher information. KL(teacher || student) begins as this form. Its gradient, G e, is formed
+    with it, in the type of G; G and the weights have none.
     """
     return _residual_forward(off_BTD, gram_DD, weight_BT)[0]
 

@@ -139,8 +139,7 @@ def local_forms(
         return row_O[..., :, None], column_I[..., None, :]
 
     def of_block(kind, sums):
-        shared = {name: SHARED_INPUT.get(name, name) for name in sums}
-        found = {name: [pair(sums[name]["output"], sums[shared[name]]["input"])] for name in sums}
+        found = {name: [pair(sums[name]["output"], sums[SHARED_INPUT.get(name, name)]["input"])] for name in sums}
         return dict.fromkeys(model.config.block_shapes(kind)) | found
 
     blocks = [of_block(kind, sums_of) for kind, sums_of in zip(model.config.layer_types, sums.blocks)]

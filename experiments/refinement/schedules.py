@@ -106,13 +106,13 @@ def main() -> None:
     for noise in (1.0, NOISE, 10.0):
         for concavity in (0.0, 0.3, 1.0, 3.0):
             show(f"cosine; noise {noise:g}; robbed of {concavity:g}", "cosine", noise, concavity)
-    soft = refinement.Refinement().temperatures(UPDATES)
-    count = int(np.count_nonzero(soft))
+    falling_U = refinement.Refinement().temperatures(UPDATES)
+    falling_U = jnp.asarray(falling_U[falling_U > 0])
     for concavity in (0.0, 1.0):
         pace = jnp.asarray(SCHEDULES["cosine"], jnp.float32), *map(jnp.float32, (0.003, NOISE, concavity))
-        values = refined(jax.random.key(9), weight_OI, root_II, start, *pace, updates=count)
-        between_OI = between(values.codes_OI, jnp.float32(soft[count - 1]))
-        errors = cost(weights(values, start, jnp.float32(soft[count - 1]))) / plain, hard(values)
+        values = refined(jax.random.key(9), weight_OI, root_II, start, *pace, updates=len(falling_U))
+        between_OI = between(values.codes_OI, falling_U[-1])
+        errors = cost(weights(values, start, falling_U[-1])) / plain, hard(values)
         share = float(jnp.mean(between_OI > 0.05 * 0.95))
         print(f"when the temperature has fallen, robbed of {concavity:g}: {share:.1%} of the codes between two values,")
         print(f"  the error {errors[0]:.3f} as they are and {errors[1]:.3f} rounded")

@@ -366,7 +366,8 @@ def refinement(arguments) -> None:
     update = make_update(config, settings, mesh)
     count, width = config.num_hidden_layers // config.period, config.hidden_size
     gram_RDD = jnp.broadcast_to(jnp.eye(width, dtype=settings.compute_dtype), (count, width, width))
-    curvature = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), abstract_curvature(start))
+    curvature = abstract_curvature(start) if settings.reads_curvature else None
+    curvature = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), curvature)
     forms = meshes.place(([gram_RDD] * config.period, curvature), mesh)
 
     def call():
