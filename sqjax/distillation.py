@@ -146,7 +146,6 @@ def prepare(
     watched: Sequences | None,
     *,
     settings: Refinement,
-    tokens: int = 0,
     seed: int = 0,
 ) -> Run:
     """Puts the teacher and the file's tensors on the devices of all hosts, which will share each batch.
@@ -156,8 +155,7 @@ def prepare(
       file: pure Q4_K file of it.
       windows_WT: what to distil on, padded with -1.
       watched: what the best state is chosen by; some of the windows are held out where it is None.
-      settings: how.
-      tokens: to distil on, where the settings do not state a number of updates.
+      settings: how, their batch and updates stated.
       seed: of the order of windows.
 
     Raises:
@@ -166,7 +164,6 @@ def prepare(
     config, dtype = checkpoint.config, settings.compute_dtype
     if watched is None:
         windows_WT, watched = hold_out(windows_WT, settings.watch_windows)
-    updates = settings.updates or max(1, -(-tokens // (settings.batch * settings.length)))
     settings = fitted(config, settings)
     mesh = meshes.create(settings.shard)
     start = start_of(config, start_tensors(file, config))
@@ -194,7 +191,7 @@ def prepare(
         return jax.jit(functools.partial(initial, displacement=settings.displacement))(start, target)
 
     schedules = [
-        schedule(updates)
+        schedule(settings.updates)
         for schedule in (settings.multipliers, settings.temperatures, settings.shares, settings.concavities)
     ]
     return Run(config, settings, seed, windows_WT, *schedules, start, begin, mesh, step, watch)

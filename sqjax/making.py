@@ -208,7 +208,7 @@ def refine(
         made on what is watched.
     """
     start = time.monotonic()
-    chosen = read_settings(Refinement, find_config("refine", "refinement"), settings)
+    chosen = read_settings(Refinement, find_config("refine", "refinement"), settings).planned(tokens)
     checkpoint, begin = open_model(model), gguf_file.read_gguf(file)
     sources = [text] if isinstance(text, str | Path) else list(text)
     texts, mesh = open_texts(sources, seed=seed), meshes.create(chosen.shard)
@@ -226,7 +226,7 @@ def refine(
         if meshes.is_first():
             run_folder.claim(folder, made, resume=resume)
         meshes.wait_for_all("claimed")
-        loop = distillation.prepare(checkpoint, begin, windows_WT, watched, settings=chosen, tokens=tokens, seed=seed)
+        loop = distillation.prepare(checkpoint, begin, windows_WT, watched, settings=chosen, seed=seed)
     with progress("refining") as report:
         tensors, position = distillation.distill(loop, folder, resume=resume, progress=report)
     if meshes.is_first():

@@ -41,6 +41,9 @@ from sqjax.run import InputError
 
 # What is trained at a rate of its own; mins go with the scales and dmin with d.
 KINDS = ("codes", "scales", "d", "vectors")
+# Rates suit batches of 32 windows where there are thousands of updates. Fewer tokens ask for larger rates or, which is
+# the same, for smaller batches (experiments/refinement).
+_MOST_WINDOWS, _MANY_UPDATES = 32, 400
 SCHEDULES: Mapping[str, Callable[[int], optax.Schedule]] = {
     "linear": lambda updates: optax.linear_schedule(1.0, 0.0, updates),
     "cosine": lambda updates: optax.cosine_decay_schedule(1.0, updates),
@@ -83,7 +86,7 @@ class Refinement:
       concavity: share of the loss's curvature in each code that it is robbed of in the last update; it rises evenly.
       updates: number of updates; 0 for as many as the tokens that were asked for.
       length: tokens of a window.
-      batch: windows of an update.
+      batch: windows of an update; 0 for 32, or where tokens are few for as few as leave 400 updates.
       accumulate: micro-batches that an update is summed over; 0 for as few as the device's memory allows.
       chunk: tokens whose logits exist at a time; 0 for as many as a share of the device's memory holds.
       remat: what the backward pass computes anew: `blocks`, what lies `between` their matrix products, or `none`; auto
@@ -118,7 +121,7 @@ class Refinement:
     concavity: float = 0.3
     updates: int = 0
     length: int = 512
-    batch: int = 32
+    batch: int = 0
     accumulate: int = 0
     chunk: int = 0
     remat: str = "auto"
@@ -138,16 +141,17 @@ class Refinement:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"the setting {name} is {getattr(self, name)!r}; choose {', '.join(allowed)}")
-        for name in ("length", "batch", "watch_every", "checkpoint_every", "checkpoints", "shard"):
+        for name in ("length", "watch_every", "checkpoint_every", "checkpoints", "shard"):
             if getattr(self, name) < 1:
                 raise InputError(f"the setting {name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("batch", "updates", "concavity"):
+            if getattr(self, name) < 0:
+                raise InputError(f"the setting {name} is {getattr(self, name)}; it must not be negative")
         if self.softness and not 0 < self.softness_end <= self.softness:
             raise InputError(f"softness falls from {self.softness} to {self.softness_end}; set softness_end below it")
         for name in ("residual_share", "residual_share_end"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"the setting {name} is {getattr(self, name)}; it must be from 0 to 1")
-        if self.concavity < 0:
-            raise InputError(f"the setting concavity is {self.concavity}; it must not be negative")
         if not any(self.rates.values()):
             raise InputError("all rates are zero, so that nothing would be refined; set one of them")
 
@@ -170,6 +174,17 @@ class Refinement:
     def reads_curvature(self) -> bool:
         """Whether the loss is robbed of curvature in soft codes."""
         return bool(self.concavity and self.softness and self.codes_rate)
+
+    def planned(self, tokens: int) -> "Refinement":
+        """Returns the same with its batch and its number of updates stated, as they follow from the tokens."""
+        batch, devices = self.batch, jax.device_count()
+        if not batch:
+            windows = _MOST_WINDOWS if self.updates else tokens // (self.length * _MANY_UPDATES)
+            # A power of two, so that few sizes are ever compiled.
+            batch = 1 << max(min(windows, _MOST_WINDOWS), 1).bit_length() - 1
+            batch = -(-batch // devices) * devices
+        updates = self.updates or max(1, -(-tokens // (batch * self.length)))
+        return dataclasses.replace(self, batch=batch, updates=updates)
 
     def multipliers(self, updates: int) -> Float32[np.ndarray, "U"]:
         """What the rates are multiplied by in each update of a run; the warm-up takes a fifth of it at most."""

@@ -234,7 +234,7 @@ class Bench:
         self, plan: Plan, tensors: Mapping[str, Any], report: Callable[[int, float], bool]
     ) -> dict[str, Any] | None:
         """Distils on; a trial that was interrupted goes on from its last checkpoint. None where it is hopeless."""
-        settings = plan.refine
+        settings = plan.refine.planned(plan.refine.tokens)
         folder = self.out / "refine" / _key(dataclasses.asdict(plan))
         folder.mkdir(parents=True, exist_ok=True)
         start = folder / "start.gguf"
@@ -248,9 +248,7 @@ class Bench:
         watched = self.sequences[next(iter(self.watch.texts))]
         run_folder.claim(folder, {"start": sha256(start), "plan": dataclasses.asdict(plan)}, resume=True)
         begin = gguf_file.read_gguf(start)
-        run = distillation.prepare(
-            self.checkpoint, begin, windows_WT, watched, settings=settings, tokens=settings.tokens, seed=plan.seed
-        )
+        run = distillation.prepare(self.checkpoint, begin, windows_WT, watched, settings=settings, seed=plan.seed)
         plain, looks = self.plain[next(iter(self.watch.texts))], []
 
         def watch(student) -> float:

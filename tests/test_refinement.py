@@ -572,7 +572,26 @@ def test_the_configuration_holds_the_defaults():
     assert set(tomllib.loads(path.read_text())) == {field.name for field in dataclasses.fields(Refinement)}
 
 
-@pytest.mark.parametrize("wrong", [{"schedule": "step"}, {"dtype": "f16"}, {"batch": 0}])
+@pytest.mark.parametrize("tokens", [500, 3000, 70_000, 300_000, 900_000, 5_000_000, 80_000_000])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_few_tokens_are_many_small_updates(monkeypatch, tokens, devices):
+    monkeypatch.setattr(refinement.jax, "device_count", lambda: devices)
+    settings = Refinement(length=128).planned(tokens)
+    assert settings.batch % devices == 0 and settings.batch <= 32
+    # All of the text is read, and no update would do without.
+    assert (settings.updates - 1) * settings.batch * 128 < tokens <= settings.updates * settings.batch * 128
+    assert settings.updates >= 400 or settings.batch == devices
+    assert settings.updates < 801 or settings.batch == 32
+    assert settings.planned(tokens) == settings
+
+
+def test_a_batch_and_a_number_of_updates_that_are_stated_stay():
+    assert Refinement(length=128, batch=6).planned(12_000).updates == 16
+    assert Refinement(batch=6, updates=5).planned(1_000_000) == Refinement(batch=6, updates=5)
+    assert Refinement(updates=5).planned(1_000).batch == 32
+
+
+@pytest.mark.parametrize("wrong", [{"schedule": "step"}, {"dtype": "f16"}, {"batch": -1}])
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(sqjax.InputError, match=next(iter(wrong))):
         Refinement(**wrong)

@@ -131,9 +131,11 @@ class Bench:
 
     def every(self, tokens: int, run: Run) -> int:
         """Updates between two looks: a look costs as much as several updates."""
-        settings = dict(setting.split("=", 1) for setting in (*self.arguments.settings, *run.settings))
-        update = int(settings.get("batch", 32)) * int(settings.get("length", 512))
-        return max(1, tokens // update // _LOOKS)
+        from sqjax.refinement import Refinement
+        from sqjax.settings import build, parse_overrides
+
+        settings = build(Refinement, parse_overrides([*self.arguments.settings, *run.settings]), run.label)
+        return max(1, settings.planned(tokens).updates // _LOOKS)
 
     def prompt_tokens(self, model: str) -> int:
         """Tokens of the prompts, in whole windows."""
