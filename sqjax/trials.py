@@ -234,7 +234,9 @@ class Bench:
         self, plan: Plan, tensors: Mapping[str, Any], report: Callable[[int, float], bool]
     ) -> dict[str, Any] | None:
         """Distils on; a trial that was interrupted goes on from its last checkpoint. None where it is hopeless."""
+        # A batch that is not stated follows from the devices, too: what goes on elsewhere must not be another run.
         settings = plan.refine.planned(plan.refine.tokens)
+        plan = dataclasses.replace(plan, refine=settings)
         folder = self.out / "refine" / _key(dataclasses.asdict(plan))
         folder.mkdir(parents=True, exist_ok=True)
         start = folder / "start.gguf"
