@@ -31,7 +31,7 @@ def split(pool: Path, folder: Path, prompts: int = 360) -> None:
     (folder / "train.jsonl.gz").write_bytes(gzip.compress(_lines(trained).encode(), 6, mtime=0))
 
 
-def repeat(text: Path, target: Path, domain: str, times: int = 3) -> None:
+def repeat(text: Path, target: Path, domain: str, times: int = 2) -> None:
     """Writes a text with each document of a domain several times."""
     from sqjax.run import atomic_path
 

@@ -110,8 +110,8 @@ class Refinement:
     train_vectors: bool = True
     beta1: float = 0.9
     beta2: float = 0.99
-    residual_share: float = 0.9
-    residual_share_end: float = 0.3
+    residual_share: float = 0.95
+    residual_share_end: float = 0.6
     schedule: str = "cosine"
     warmup: int = 20
     softness: float = 0.3
@@ -301,6 +301,18 @@ def _residual_backward(pulled_BTD, cotangent):
 residual_loss.defvjp(_residual_forward, _residual_backward)
 
 
+def by_size(weight_BT: Float32[Array, "B T"], stream_BTD: Float[Array, "B T D"]) -> Float32[Array, "B T"]:
+    """Weights of tokens over the mean square of their stream, each window's sum kept.
+
+    What reads the stream divides it by its size first, so that an error counts as a share of that. Sums are kept by
+    window, so that no weight depends on how a batch is divided.
+    """
+    share_BT = weight_BT / jnp.mean(jnp.square(stream_BTD), axis=-1)
+    sum_B1, share_B1 = (jnp.sum(x_BT, axis=-1, keepdims=True) for x_BT in (weight_BT, share_BT))
+    # A window of padding has no weight.
+    return share_BT * sum_B1 / jnp.where(sum_B1 > 0, share_B1, 1.0)
+
+
 def model_loss(
     student: Qwen35,
     teacher: Qwen35,
@@ -312,7 +324,7 @@ def model_loss(
     chunk: int,
     remat: str = "blocks",
 ) -> tuple[Float32[Array, ""], ...]:
-    """Returns (1 - share) KL + share times the mean of the blocks' `residual_loss`, and KL.
+    """Returns (1 - share) KL + share times the mean of the blocks' `residual_loss` by size, and KL.
 
     KL is the sum over tokens of weight_BT KL(teacher || student) in nats, each token with what both say of its
     successor. `grams` are those of the residual stream, a stack for each position in the period; without them the loss
@@ -327,7 +339,7 @@ def model_loss(
 
         def compare(x_BTD, given):
             ideal_BTD, gram_DD = given
-            return residual_loss(x_BTD - ideal_BTD, whole(gram_DD, x_BTD.shape[-1]), weight_BT)
+            return residual_loss(x_BTD - ideal_BTD, whole(gram_DD, x_BTD.shape[-1]), by_size(weight_BT, ideal_BTD))
 
         student_BTD, losses = student.trunk(embedded_BTD, after=compare, given=given, **REMATS[remat])
     else:

@@ -82,7 +82,7 @@ def test_a_report_of_every_part(tmp_path):
     report.write(tmp_path, tmp_path / "report")
     tables = (tmp_path / "report" / "tables.md").read_text()
     assert all(title in tables for title in ("## Tokens", "## Seeds", "## Uneven", "## Settings", "## Prompts"))
-    assert "multilingual text three times" in tables
+    assert "multilingual text twice" in tables
     assert "0.500" in tables and "50% [0%, 100%]" in tables and (tmp_path / "report" / "curve.svg").exists()
     assert "broken" not in (tmp_path / "report" / "results.jsonl").read_text()
 

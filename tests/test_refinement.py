@@ -262,6 +262,20 @@ def test_the_gradient_of_residual_loss_is_that_of_the_form():
     np.testing.assert_allclose(jax.grad(ours)(off_BTD), jax.grad(form)(off_BTD), rtol=1e-4, atol=1e-5)
 
 
+def test_errors_of_the_stream_count_as_a_share_of_its_size():
+    """A stream three times as large weighs a ninth beside the others of its window; other windows do not notice."""
+    rng = np.random.default_rng(9)
+    stream_BTD = jnp.asarray(rng.standard_normal((3, 4, 8)), jnp.float32)
+    weight_BT = jnp.asarray(rng.uniform(size=(3, 4)), jnp.float32).at[2].set(0.0)
+    found_BT = refinement.by_size(weight_BT, stream_BTD)
+    np.testing.assert_allclose(found_BT.sum(axis=1), weight_BT.sum(axis=1), rtol=1e-6)
+    grown_BT = refinement.by_size(weight_BT, stream_BTD.at[0, 1].multiply(3.0))
+    ratio_BT = np.asarray(grown_BT / found_BT)[:2]
+    np.testing.assert_allclose(ratio_BT[0, 1] / ratio_BT[0, [0, 2, 3]], 1 / 9, rtol=1e-5)
+    np.testing.assert_array_equal(ratio_BT[1], 1.0)
+    np.testing.assert_array_equal(found_BT[2], 0.0)
+
+
 def test_the_share_mixes_the_two_losses(teacher, windows):
     student = jax.tree.map(lambda leaf: 1.01 * leaf, teacher)
     grams, _ = updates.local_forms(teacher, windows[:8], Refinement(chunk=64))
@@ -271,11 +285,12 @@ def test_the_share_mixes_the_two_losses(teacher, windows):
     np.testing.assert_allclose(kls, losses[0], rtol=1e-6)
     np.testing.assert_allclose(losses[1], 0.75 * losses[0] + 0.25 * losses[2], rtol=1e-5)
     streams = [model.trunk(model.embed(windows[:4]), after=stream)[1] for model in (student, teacher)]
-    direct = [
-        0.5 * 0.01 * np.einsum("btd,de,bte->", off, gram, off)
-        for own, ideal, stack in zip(*streams, grams)
-        for off, gram in zip(np.asarray(own - ideal), np.asarray(stack))
-    ]
+    direct = []
+    for own, ideal, stack in zip(*streams, grams):
+        for x, y, gram in zip(*map(np.asarray, (own, ideal, stack))):
+            inverse = 1.0 / np.mean(y**2, axis=-1)
+            weight = 0.01 * inverse / inverse.mean(axis=1, keepdims=True)
+            direct.append(0.5 * np.einsum("bt,btd,de,bte->", weight, x - y, gram, x - y))
     np.testing.assert_allclose(losses[2], np.mean(direct), rtol=1e-4)
     assert float(refinement.model_loss(teacher, teacher, grams, windows[:4], weight_BT, share=0.5, chunk=48)[0]) == 0.0
 

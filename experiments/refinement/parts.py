@@ -124,7 +124,7 @@ def runs(
             yield from (Run(part, label, first, budget, settings) for label, settings in GROUPS[name].items())
     if part == "languages":
         for seed in seeds:
-            yield Run(part, f"multilingual text three times, seed {seed}", Start(seed=seed), most, text="languages")
+            yield Run(part, f"multilingual text twice, seed {seed}", Start(seed=seed), most, text="languages")
     if part == "chat":
         always = ("batch=8", "keep_best=false", "warmup=4")
         alone = Start(calibration="chat", seed=seeds[0])
