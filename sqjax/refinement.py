@@ -11,8 +11,9 @@ On a stair alone some codes rest between two values to the end, where chance rou
 So the loss is robbed of more and more of its own curvature in each code: one after the other finds no minimum between
 its values any more, and takes a side while others are soft.
 
-The loss is KL(teacher || student), and for a share of it the error of the residual stream after every block under the
-Gram of the gradients there: the same divergence by a quadratic form, seen where it arises, with less noise.
+The loss is KL(teacher || student), and for a share of it the error of the residual stream after every block, in parts
+of the stream's size, under the Gram of the gradients there: the same divergence by a quadratic form, seen where it
+arises, with less noise.
 
 References:
   Gong et al., Differentiable Soft Quantization, 2019. https://arxiv.org/abs/1908.05033
