@@ -146,6 +146,7 @@ def spread(command: Sequence[str], devices: Sequence[str], folder: Path, seconds
         try:
             process.wait(timeout=max(1.0, deadline + _GRACE - time.monotonic()))
         except subprocess.TimeoutExpired:
+            print(f"ended after {seconds + _GRACE:.0f} s: the same command goes on", file=sys.stderr, flush=True)
             process.kill()
             process.wait()
     return all(process.returncode == 0 for process in processes)
