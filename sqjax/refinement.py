@@ -302,13 +302,13 @@ def _residual_backward(pulled_BTD, cotangent):
 residual_loss.defvjp(_residual_forward, _residual_backward)
 
 
-def by_size(weight_BT: Float32[Array, "B T"], stream_BTD: Float[Array, "B T D"]) -> Float32[Array, "B T"]:
-    """Weights of tokens over the mean square of their stream, each window's sum kept.
+def by_size(weight_BT: Float32[Array, "B T"], stream_BTD: Float[Array, "B T D"], eps: float) -> Float32[Array, "B T"]:
+    """Weights of tokens over the mean square of their stream, no less than the norm's eps, each window's sum kept.
 
     What reads the stream divides it by its size first, so that an error counts as a share of that. Sums are kept by
     window, so that no weight depends on how a batch is divided.
     """
-    share_BT = weight_BT / jnp.mean(jnp.square(stream_BTD), axis=-1)
+    share_BT = weight_BT / jnp.maximum(jnp.mean(jnp.square(stream_BTD), axis=-1), eps)
     sum_B1, share_B1 = (jnp.sum(x_BT, axis=-1, keepdims=True) for x_BT in (weight_BT, share_BT))
     # A window of padding has no weight.
     return share_BT * sum_B1 / jnp.where(sum_B1 > 0, share_B1, 1.0)
@@ -340,7 +340,8 @@ def model_loss(
 
         def compare(x_BTD, given):
             ideal_BTD, gram_DD = given
-            return residual_loss(x_BTD - ideal_BTD, whole(gram_DD, x_BTD.shape[-1]), by_size(weight_BT, ideal_BTD))
+            sized_BT = by_size(weight_BT, ideal_BTD, teacher.config.rms_norm_eps)
+            return residual_loss(x_BTD - ideal_BTD, whole(gram_DD, x_BTD.shape[-1]), sized_BT)
 
         student_BTD, losses = student.trunk(embedded_BTD, after=compare, given=given, **REMATS[remat])
     else:

@@ -267,13 +267,15 @@ def test_errors_of_the_stream_count_as_a_share_of_its_size():
     rng = np.random.default_rng(9)
     stream_BTD = jnp.asarray(rng.standard_normal((3, 4, 8)), jnp.float32)
     weight_BT = jnp.asarray(rng.uniform(size=(3, 4)), jnp.float32).at[2].set(0.0)
-    found_BT = refinement.by_size(weight_BT, stream_BTD)
+    found_BT = refinement.by_size(weight_BT, stream_BTD, 1e-6)
     np.testing.assert_allclose(found_BT.sum(axis=1), weight_BT.sum(axis=1), rtol=1e-6)
-    grown_BT = refinement.by_size(weight_BT, stream_BTD.at[0, 1].multiply(3.0))
+    grown_BT = refinement.by_size(weight_BT, stream_BTD.at[0, 1].multiply(3.0), 1e-6)
     ratio_BT = np.asarray(grown_BT / found_BT)[:2]
     np.testing.assert_allclose(ratio_BT[0, 1] / ratio_BT[0, [0, 2, 3]], 1 / 9, rtol=1e-5)
     np.testing.assert_array_equal(ratio_BT[1], 1.0)
     np.testing.assert_array_equal(found_BT[2], 0.0)
+    # A token that the model embeds as zeros.
+    assert np.isfinite(refinement.by_size(weight_BT, stream_BTD.at[0, 1].set(0.0), 1e-6)).all()
 
 
 def test_the_share_mixes_the_two_losses(teacher, windows):
