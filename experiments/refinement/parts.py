@@ -126,11 +126,11 @@ def runs(
         for seed in seeds:
             yield Run(part, f"multilingual text twice, seed {seed}", Start(seed=seed), most, text="languages")
     if part == "chat":
-        always = ("batch=8", "keep_best=false", "warmup=4")
+        # Batches are those that `refine` takes for so many tokens.
+        always = ("keep_best=false",)
         alone = Start(calibration="chat", seed=seeds[0])
         for label, (epochs, settings) in CHAT.items():
             yield Run(part, label, alone, epochs, (*always, *settings), "chat")
-        yield Run(part, "16 epochs, calibrated on the pool", first, 16, always, "chat")
 
 
 def choose(watched: Mapping[str, float]) -> tuple[str, ...]:

@@ -260,7 +260,7 @@ def size(bench: Bench) -> dict:
     begin, target = bench.out / "files" / "large.plain.gguf", bench.out / "files" / "large.refined.gguf"
     converted = making.convert(model, begin)
     settings = [f"updates={arguments.size_updates}", "watch_every=100000", "checkpoint_every=100000", "watch_windows=4"]
-    settings += [f'watch="{bench.text("watch")}"', *arguments.settings]
+    settings += ['watch="heldout"', *arguments.settings]
     folder = bench.out / "runs" / "large"
     shutil.rmtree(folder, ignore_errors=True)
     result = making.refine(model, begin, target, text=[bench.text("watch")], run=folder, settings=settings)
