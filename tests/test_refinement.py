@@ -228,7 +228,7 @@ def test_residual_loss_is_where_the_divergence_of_a_disturbed_stream_begins(teac
     error_D = 1e-3 * jnp.asarray(np.random.default_rng(6).standard_normal(stream_BTD.shape[-1]), jnp.float32)
     disturbed_BTD = rms_norm(stream_BTD + error_D[None, None], teacher.output_norm[...], teacher.config.rms_norm_eps)
     weight_BT = jnp.full(windows.shape, 1.0 / windows.size)
-    # Nothing of float32 is left of so small a divergence.
+    # In float32 so small a divergence is off by a tenth of itself.
     logits_BTV = [np.float64(x_BTD) @ np.float64(teacher.head()).T for x_BTD in (hidden_BTD, disturbed_BTD)]
     ideal_BTV, own_BTV = (x_BTV - logsumexp(x_BTV, axis=-1, keepdims=True) for x_BTV in logits_BTV)
     kl = np.mean(np.sum(np.exp(ideal_BTV) * (ideal_BTV - own_BTV), axis=-1))
