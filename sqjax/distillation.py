@@ -32,18 +32,11 @@ from sqjax.gguf_file import GGUFTensors
 from sqjax.mesh import to_host
 from sqjax.model import Qwen35
 from sqjax.q4_k import Q4K
-from sqjax.refinement import (
-    Refinement,
-    Student,
-    harden_student,
-    initial,
-    model_of,
-    settled,
-    start_of,
-)
+from sqjax.refinement import Refinement
 from sqjax.run import InputError, interruption
 from sqjax.run_folder import metrics
 from sqjax.snapshots import Snapshots, snapshots
+from sqjax.student import Student, harden_student, initial, model_of, settled, start_of
 from sqjax.updates import BY_WINDOW, State, fitted, gram_rows, local_forms, make_update, optimizer_of, rows_of_update
 
 PADDING = -1

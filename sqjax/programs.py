@@ -21,8 +21,9 @@ from sqjax.mesh import BY_BATCH, COPIED
 from sqjax.model import BLOCKS, Qwen35, abstract
 from sqjax.objective import Problem
 from sqjax.q4_k import Q4K, SUB_BLOCK, SUPER_BLOCK
-from sqjax.refinement import Refinement, Student, initial, model_of, settled, start_of
+from sqjax.refinement import Refinement
 from sqjax.scales import search_super_blocks
+from sqjax.student import Student, initial, model_of, settled, start_of
 from sqjax.updates import BY_WINDOW, State
 
 

@@ -24,9 +24,10 @@ from sqjax import mesh as meshes
 from sqjax.config import ModelConfig
 from sqjax.mesh import BATCH, COPIED
 from sqjax.model import Qwen35, abstract
-from sqjax.refinement import REMATS, Refinement, Student, indecision, kinds, model_loss, model_of
+from sqjax.refinement import REMATS, Refinement, model_loss
 from sqjax.run import InputError
 from sqjax.statistics import PROJECTIONS, SHARED_INPUT
+from sqjax.student import Student, indecision, kinds, model_of
 
 # Tokens of a micro-batch: where the device does not say how much memory it has, and below which more of them are worth
 # more than what less recomputation saves.
@@ -121,7 +122,7 @@ def local_forms(
 
     Of errors of the residual stream after each block the Gram of gradients there, a stack for each position (what
     `ffn_down` writes is added to the stream: its output Gram is the stream's). Of errors of each weight alone the
-    second derivative, in the form that `refinement.indecision` takes: the diagonals of its matrix's two Grams.
+    second derivative, in the form that `student.indecision` takes: the diagonals of its matrix's two Grams.
     """
     if not (settings.reads_stream or settings.reads_curvature):
         return [], None

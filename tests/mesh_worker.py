@@ -25,6 +25,7 @@ from sqjax import (
     updates,
 )
 from sqjax.config import is_matrix
+from sqjax.student import initial
 
 RECIPE = quantizer.Recipe(steps=("feedback", "descend_codes"), gamma_in=0.75, gamma_out=0.5, sweeps=1)
 SETTINGS = {"length": 32, "batch": 8, "watch_windows": 2, "updates": 4, "warmup": 0, "dtype": "f32", "chunk": 64}
@@ -57,7 +58,7 @@ def measure(checkpoint_folder: Path, file: Path, shard: int, folder: Path) -> di
 
     settings = refinement.Refinement(**SETTINGS, shard=shard)
     run = distillation.prepare(checkpoint, gguf_file.read_gguf(file), windows(), None, settings=settings)
-    state = run.state_of(jax.jit(refinement.initial)(run.start))
+    state = run.state_of(jax.jit(initial)(run.start))
     state, loss = run.update(state, *run.batch(0), *map(jnp.float32, (1.0, 0.3, 0.8, 0.2)))
     result |= {f"state/{path}": leaf for path, leaf in _leaves(mesh.to_host(state))}
     result |= {"loss": mesh.to_host(loss), "watched": np.float64(run.watch(state.student))}

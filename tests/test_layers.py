@@ -22,7 +22,7 @@ cache
 folding
 quantizer search_space
 studies
-refinement
+refinement student
 variants updates
 distillation sources
 programs

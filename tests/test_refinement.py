@@ -24,6 +24,7 @@ from sqjax.model import Qwen35, rms_norm
 from sqjax.q4_k import Q4K, dequantize, valid
 from sqjax.refinement import Refinement
 from sqjax.settings import read_settings
+from sqjax.student import Student, harden_student, indecision, initial, model_of, start_of
 
 SMALL = {
     "num_hidden_layers": 2,
@@ -124,7 +125,7 @@ def test_gradients_are_those_of_the_equation_at_the_rounded_values():
 
 def alone(leaf):
     """A student of one matrix, or what belongs to it."""
-    return refinement.Student(leaf, [], None, None)
+    return Student(leaf, [], None, None)
 
 
 def test_along_a_code_the_loss_and_its_indecision_are_a_straight_line():
@@ -139,16 +140,16 @@ def test_along_a_code_the_loss_and_its_indecision_are_a_straight_line():
         off_OI = latent.weights(moved, q, temperature) - target_OI
         loss = 0.5 * jnp.sum(row_O[:, None] * column_I[None, :] * jnp.square(off_OI))
         part = latent.stair(u, temperature) - jnp.floor(u)
-        return part, loss, refinement.indecision(alone(moved), alone(q), alone(pairs), temperature)
+        return part, loss, indecision(alone(moved), alone(q), alone(pairs), temperature)
 
     for temperature in (jnp.float32(0.3), jnp.float32(0.05)):
-        part, loss, indecision = jax.vmap(functools.partial(both, temperature))(5.0 + jnp.linspace(0.0, 0.999, 9))
-        line = np.polyfit(part, loss + indecision - loss[0], 1)
-        scale = float(jnp.max(indecision))
-        assert scale > 0 and indecision[0] == 0
-        np.testing.assert_allclose(np.polyval(line, part), loss + indecision - loss[0], atol=1e-2 * scale)
-    assert refinement.indecision(alone(values), alone(q), alone(pairs), jnp.float32(0.3)) == 0
-    slopes = jax.grad(refinement.indecision)(alone(moved(values, 0.3)), alone(q), alone(pairs), jnp.float32(0.0))
+        part, loss, penalty = jax.vmap(functools.partial(both, temperature))(5.0 + jnp.linspace(0.0, 0.999, 9))
+        line = np.polyfit(part, loss + penalty - loss[0], 1)
+        scale = float(jnp.max(penalty))
+        assert scale > 0 and penalty[0] == 0
+        np.testing.assert_allclose(np.polyval(line, part), loss + penalty - loss[0], atol=1e-2 * scale)
+    assert indecision(alone(values), alone(q), alone(pairs), jnp.float32(0.3)) == 0
+    slopes = jax.grad(indecision)(alone(moved(values, 0.3)), alone(q), alone(pairs), jnp.float32(0.0))
     assert not any(bool(jnp.any(leaf)) for leaf in jax.tree.leaves(slopes))
 
 
@@ -168,7 +169,7 @@ def test_codes_that_must_take_sides_make_good_for_each_other():
     def refined(concavity):
         def loss(values, temperature, share):
             off_OI = latent.weights(values, start, temperature) - weight_OI
-            between = refinement.indecision(*map(alone, (values, start, pairs)), temperature)
+            between = indecision(*map(alone, (values, start, pairs)), temperature)
             return cost(off_OI) + concavity * share * between
 
         def update(state, pace):
@@ -356,11 +357,11 @@ def run(model, q4_k):
 
 def test_the_student_begins_as_the_file(run, q4_k):
     file = read_gguf(q4_k)
-    tensors = refinement.harden_student(run.config, refinement.initial(run.start), run.start)
+    tensors = harden_student(run.config, initial(run.start), run.start)
     assert tensors.keys() == run.config.tensor_shapes().keys()
     for name, tensor in tensors.items():
         assert equal(tensor, file.tensors.codes(name) if isinstance(tensor, Q4K) else file.tensors[name]), name
-    model = refinement.model_of(run.config, refinement.initial(run.start), run.start).to_tensors()
+    model = model_of(run.config, initial(run.start), run.start).to_tensors()
     assert all(np.array_equal(model[name], file.tensors[name]) for name in model)
 
 
@@ -373,7 +374,7 @@ def test_micro_batches_sum_to_the_batch(tmp_path):
     for accumulate in (1, 2):
         run = prepared(tmp_path / "single", tmp_path / "single.gguf", accumulate=accumulate)
         state, loss = run.update(
-            run.state_of(refinement.initial(run.start)), *run.batch(0), *map(jnp.float32, (0.0, 0.0, 0.8, 0.2))
+            run.state_of(initial(run.start)), *run.batch(0), *map(jnp.float32, (0.0, 0.0, 0.8, 0.2))
         )
         results.append((loss, jax.tree.leaves(state.moments)))
     for two, one in zip(*map(jax.tree.leaves, results), strict=True):
@@ -434,13 +435,13 @@ def test_a_run_lowers_the_divergence_and_writes_what_it_watched(model, q4_k, run
     tensors, position, folder = finished
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 13))
-    assert position.start_kl == run.watch(refinement.initial(run.start))
+    assert position.start_kl == run.watch(initial(run.start))
     watched = {line["step"]: line["watched_kl"] for line in lines if "watched_kl" in line}
     assert watched.keys() == {3, 6, 9, 12} and min(watched.values()) == position.best_kl < 0.95 * position.start_kl
     # Read back, the tensors that were returned have the KL that was watched.
     write_gguf(tmp_path / "out.gguf", read_gguf(q4_k), tensors, file_type="q4_k")
     again = prepared(model, tmp_path / "out.gguf")
-    assert again.watch(refinement.initial(again.start)) == pytest.approx(position.best_kl, rel=1e-5)
+    assert again.watch(initial(again.start)) == pytest.approx(position.best_kl, rel=1e-5)
 
 
 def test_a_run_with_soft_codes_lowers_the_divergence_and_is_resumed_to_the_same_bits(model, q4_k, tmp_path):
@@ -448,7 +449,7 @@ def test_a_run_with_soft_codes_lowers_the_divergence_and_is_resumed_to_the_same_
     assert (run.temperature_U[:6] > 0).all() and not run.temperature_U[6:].any()
     # Half way to the weights the model is nearer to its teacher than any file of these scales could be.
     _, loss = run.update(run.state_of(run.begin()), *run.batch(0), *map(jnp.float32, (0.0, 0.3, 0.8, 0.2)))
-    assert float(loss) < 0.5 * run.watch(refinement.initial(run.start))
+    assert float(loss) < 0.5 * run.watch(initial(run.start))
 
     def kill(done, total, note=""):
         if done == 5:
@@ -525,8 +526,8 @@ def test_a_diverging_run_ends_with_what_was_best(run, tmp_path, capsys):
     wild = dataclasses.replace(run, update=hasty, settings=dataclasses.replace(run.settings, watch_every=1))
     tensors, position = distillation.distill(wild, tmp_path)
     assert position.rollbacks > 1 and "the watched KL" in capsys.readouterr().err
-    assert position.best_kl <= run.watch(refinement.initial(run.start))
-    assert position.best_step > 0 or equal(refinement.start_of(run.config, tensors), run.start)
+    assert position.best_kl <= run.watch(initial(run.start))
+    assert position.best_step > 0 or equal(start_of(run.config, tensors), run.start)
 
 
 # ---- the command

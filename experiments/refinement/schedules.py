@@ -21,7 +21,7 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from sqjax import refinement, rounding
+from sqjax import refinement, rounding, student
 from sqjax.latent import between, harden, latent, weights
 from sqjax.objective import Problem
 from sqjax.q4_k import dequantize
@@ -62,7 +62,7 @@ def refined(key, weight_OI, root_II, start, multiplier_U, rate, noise, concavity
 
     def indecision(codes_OI, temperature):
         leaves = dataclasses.replace(values, codes_OI=codes_OI), start, curvature
-        return refinement.indecision(*(refinement.Student(leaf, [], None, None) for leaf in leaves), temperature)
+        return student.indecision(*(student.Student(leaf, [], None, None) for leaf in leaves), temperature)
 
     def update(state, inputs):
         codes_OI, moments = state

@@ -347,8 +347,9 @@ def refinement(arguments) -> None:
 
     from sqjax import mesh as meshes
     from sqjax.programs import abstract_curvature
-    from sqjax.refinement import Refinement, initial
+    from sqjax.refinement import Refinement
     from sqjax.settings import build, parse_overrides
+    from sqjax.student import initial
     from sqjax.updates import BY_WINDOW, State, fitted, make_update, optimizer_of
 
     config = config_of(arguments.shape)
@@ -393,7 +394,7 @@ def random_start(config, key):
 
     from sqjax.config import is_matrix
     from sqjax.q4_k import Q4K
-    from sqjax.refinement import start_of
+    from sqjax.student import start_of
 
     tensors = {}
     for index, (name, shape) in enumerate(config.tensor_shapes().items()):
