@@ -97,7 +97,7 @@ class Refinement:
     vectors_rate: float = 0.0005
     train_vectors: bool = True
     beta1: float = 0.9
-    beta2: float = 0.96
+    beta2: float = 0.9
     residual_share: float = 0.95
     residual_share_end: float = 0.6
     schedule: str = "cosine"
