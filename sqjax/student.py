@@ -81,7 +81,7 @@ def settled(student: Student) -> Student:
 
 
 def kinds(student: Student) -> Student:
-    """Returns the kind of every leaf of a student, as the settings of refinement name it."""
+    """Returns the kind of every leaf of a student, one of `refinement.KINDS`."""
     matrix = Latent("codes", "scales", "scales", "d", "d")
     return jax.tree.map(lambda leaf: matrix if isinstance(leaf, Latent) else "vectors", student, is_leaf=_is(Latent))
 
